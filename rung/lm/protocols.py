@@ -1,0 +1,57 @@
+"""What engine and learner may ask of a decoder, and a decoder of its mixers.
+
+A decoder works on a flat token axis described by a `Layout`.  With a `State`, new tokens see their slot's committed rows
+and their ancestors among the new tokens; their own rows are *pending* until `commit` accepts a path of them.  A
+key-value cache could roll back by leaving dead rows, a recurrent mixer could not: hence `commit` from the first day.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from rung.core.records import Layout
+from rung.core.shapes import Float, Int, Tensor
+
+
+class State(Protocol):
+    """Cached rows of `slots` sequences, up to `capacity` rows each.  Slots are preallocated."""
+
+    slots: int
+    capacity: int
+    length_S: Int[Tensor, "S"]  # committed rows of every slot; the next token's position is its slot's length
+
+    def fork(self, source: int, targets: Sequence[int]) -> None:
+        """Copy one slot's committed rows to other slots (a group's prompt, computed once; or a slot moved)."""
+
+    def commit(self, slot_S: Int[Tensor, "S"], path_SN: Int[Tensor, "S N"], count_S: Int[Tensor, "S"]) -> None:
+        """Accept pending rows of the last forward: of slot s, the count_S[s] first entries of path_SN[s], which number
+        the slot's new tokens in the order of the layout (0 is its first).  All other pending rows are forgotten."""
+
+    def free(self, slot_S: Int[Tensor, "S"]) -> None:
+        """Forget all rows of these slots."""
+
+
+class Mixer(Protocol):
+    """Moves information between tokens.  `branches` False (recurrent): accepts chains only."""
+
+    branches: bool
+
+    def forward(self, x_TD: Float[Tensor, "T D"], layout: Layout, state: State | None = None) -> Float[Tensor, "T D"]:
+        """A token sees its ancestors and its slot's committed rows."""
+
+
+class Decoder(Protocol):
+    """Tokens in, hidden states out; the head is apart, because most rows never need it."""
+
+    branches: bool
+
+    def forward(self, tokens_T: Int[Tensor, "T"], layout: Layout, state: State | None = None) -> Float[Tensor, "T D"]:
+        """Hidden states after the final norm, in the compute dtype."""
+
+    def head(self, hidden_ND: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
+        """Logits in the compute dtype; equal to hidden_ND @ head_weight().T."""
+
+    def head_weight(self) -> Float[Tensor, "V D"]:
+        """The head's matrix (the embedding itself where the two are tied)."""
+
+    def new_state(self, slots: int, capacity: int) -> State:
+        """An empty state in the compute dtype."""

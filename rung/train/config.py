@@ -1,0 +1,123 @@
+"""What a group-based RL run is, as frozen values.  A run is `GroupRL`; a method is a row of `METHODS`.
+
+A name in a `Method` is looked up once, when the run is built, in the tables of `rung.objectives`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One row of the spine; each cell can be replaced.  Sources: docs/guide/methods.md.
+
+    advantage:   none, mean, leave_one_out, std (of a group's rewards)
+    surrogate:   pg, clip
+    eps_low, eps_high: bounds of the clip
+    kl:          none; k1_reward (per token, return-to-go, subtracted after normalisation); square (whole sequence); k3_loss
+    kl_coef:     its weight (beta)
+    denominator: sequence_mean, tokens, group_tokens, constant, sequences
+    dynamic_sampling: groups whose rewards are all equal are dropped and replaced, at most `max_refills` times
+    overlong:    none; shape (DAPO eq. 13, over the last `overlong_cache` tokens); mask (samples cut off are not trained on)
+    entropy_coef: weight of an entropy bonus
+    """
+
+    advantage: Literal["none", "mean", "leave_one_out", "std"] = "std"
+    surrogate: Literal["pg", "clip"] = "clip"
+    eps_low: float = 0.2
+    eps_high: float = 0.2
+    kl: Literal["none", "k1_reward", "square", "k3_loss"] = "none"
+    kl_coef: float = 0.0
+    denominator: Literal["sequence_mean", "tokens", "group_tokens", "constant", "sequences"] = "sequence_mean"
+    dynamic_sampling: bool = False
+    max_refills: int = 4
+    overlong: Literal["none", "shape", "mask"] = "none"
+    overlong_cache: int = 0
+    entropy_coef: float = 0.0
+
+
+METHODS: Mapping[str, Method] = {
+    "reinforce": Method(advantage="mean", surrogate="pg", denominator="sequences"),
+    "rloo": Method(advantage="leave_one_out", surrogate="pg", kl="k1_reward", kl_coef=0.05, denominator="sequences"),
+    "grpo": Method(advantage="std", surrogate="clip", kl="k3_loss", kl_coef=0.04, denominator="sequence_mean"),
+    "dr_grpo": Method(advantage="mean", surrogate="clip", denominator="constant"),
+    "dapo": Method(
+        advantage="std",
+        surrogate="clip",
+        eps_high=0.28,
+        denominator="tokens",
+        dynamic_sampling=True,
+        overlong="shape",
+    ),
+    "dapo_paper": Method(
+        advantage="std",
+        surrogate="clip",
+        eps_high=0.28,
+        denominator="group_tokens",
+        dynamic_sampling=True,
+        overlong="shape",
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSpec:
+    """A task by name (`arithmetic`, `module:name` or `file.py:name`) and the arguments of its constructor."""
+
+    name: str
+    options: Mapping[str, int | float | str | bool] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """AdamW on fp32 masters.  schedule: constant, linear or cosine (to zero at num_steps), after `warmup` steps."""
+
+    lr: float = 1e-5
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+    warmup: int = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupRL:
+    """A whole run of REINFORCE, RLOO, GRPO, Dr. GRPO or DAPO on one machine.
+
+    name:            of the run, and of its folder under `runs/`
+    model:           a name (`smollm2-135m`) or a Hugging Face folder
+    num_steps:       rollout-and-learn steps
+    prompts_per_step, samples_per_prompt: groups of a step, and their size (G)
+    max_tokens, temperature: of a sample; the learner scores at the same temperature
+    updates_per_rollout: 1 is on-policy; more slices the step's groups, and logp_old is recomputed by the learner
+    tokens_per_micro_batch: upper bound on the flat token axis of one forward and backward pass
+    share_prompts:   the group's prompt is computed once in the learner too
+    dtype:           auto is bf16 where the machine multiplies it fast, else fp32
+    eval_every, eval_problems: held-out evaluation, greedy; also before the first and after the last step
+    checkpoint_every: steps between checkpoints
+    threads:         0 takes all cores
+    """
+
+    name: str
+    task: TaskSpec
+    model: str = "smollm2-135m"
+    seed: int = 0
+    num_steps: int = 100
+    prompts_per_step: int = 16
+    samples_per_prompt: int = 8
+    max_tokens: int = 16
+    temperature: float = 1.0
+    method: Method = METHODS["grpo"]
+    optim: Optim = field(default_factory=Optim)
+    updates_per_rollout: int = 1
+    tokens_per_micro_batch: int = 2048
+    share_prompts: bool = True
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    eval_every: int = 0
+    eval_problems: int = 500
+    checkpoint_every: int = 20
+    threads: int = 0
+    system_prompt: str = ""
