@@ -10,7 +10,6 @@ depend on the batch it was drawn in, and a resumed run draws what the uninterrup
 
 import hashlib
 
-
 from rung.core.shapes import Float, Int, Tensor
 
 NOISE_LAW = "gumbel2-splitmix64-v1"

@@ -1,7 +1,7 @@
 """What engine and learner may ask of a decoder, and a decoder of its mixers.
 
-A decoder works on a flat token axis described by a `Layout`.  With a `State`, new tokens see their slot's committed rows
-and their ancestors among the new tokens; their own rows are *pending* until `commit` accepts a path of them.  A
+A decoder works on a flat token axis described by a `Layout`.  With a `State`, new tokens see their slot's committed
+rows and their ancestors among the new tokens; their own rows are *pending* until `commit` accepts a path of them.  A
 key-value cache could roll back by leaving dead rows, a recurrent mixer could not: hence `commit` from the first day.
 """
 

@@ -15,11 +15,13 @@ class Method:
     advantage:   none, mean, leave_one_out, std (of a group's rewards)
     surrogate:   pg, clip
     eps_low, eps_high: bounds of the clip
-    kl:          none; k1_reward (per token, return-to-go, subtracted after normalisation); square (whole sequence); k3_loss
+    kl:          none; k1_reward (per token, return-to-go, subtracted after normalisation); square (of the whole
+                 sequence's log-ratio); k3_loss
     kl_coef:     its weight (beta)
     denominator: sequence_mean, tokens, group_tokens, constant, sequences
     dynamic_sampling: groups whose rewards are all equal are dropped and replaced, at most `max_refills` times
-    overlong:    none; shape (DAPO eq. 13, over the last `overlong_cache` tokens); mask (samples cut off are not trained on)
+    overlong:    none; shape (DAPO eq. 13, over the last `overlong_cache` tokens); mask (a sample that was cut off is
+                 not trained on)
     entropy_coef: weight of an entropy bonus
     """
 
