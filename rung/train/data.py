@@ -1,0 +1,163 @@
+"""From completions to packed micro-batches, and back.
+
+A `Sample` is one flat token stream.  `pack` lays samples on one token axis without padding; with `share_prompts`, the
+prompt of a group stands there once and its completions continue it.  Neither the split into micro-batches nor the sharing
+is visible to an objective: denominators are counted on the whole step before anything is split.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from rung.core.records import ROOT, Completion, Counts, Layout, Origin, PackedBatch, Sample
+from rung.core.shapes import Float, Tensor
+
+
+def sample_of(
+    prompt_ids: Sequence[int], completion: Completion, *, problem_id: str, group_id: int, reward: float
+) -> Sample:
+    """A prompt and one completion as a sample: sampled tokens, the end token included, are trainable."""
+    prompt, sampled = len(prompt_ids), len(completion.token_ids)
+    origin = torch.tensor([Origin.PROMPT] * prompt + [Origin.SAMPLED] * sampled)
+    return Sample(
+        token_ids=torch.tensor([*prompt_ids, *completion.token_ids]),
+        origin=origin,
+        trainable=origin == Origin.SAMPLED,
+        policy_version=torch.full((prompt + sampled,), completion.policy_version),
+        problem_id=problem_id,
+        group_id=group_id,
+        prompt_length=prompt,
+        reward=float(reward),
+        streams={"logp_sampled": torch.tensor([0.0] * prompt + list(completion.logp_sampled))},
+    )
+
+
+def count(samples: Sequence[Sample]) -> Counts:
+    """The denominators of a step that trains on these samples."""
+    return Counts(
+        tokens=sum(int(s.trainable.sum()) for s in samples),
+        sequences=len(samples),
+        groups=len({s.group_id for s in samples}),
+    )
+
+
+def with_stream(sample: Sample, name: str, values_T: Float[Tensor, "T"]) -> Sample:
+    """The sample with one more named stream of its own length."""
+    if values_T.shape != sample.token_ids.shape:
+        raise AssertionError(
+            f"stream {name!r} has shape {tuple(values_T.shape)}, the sample has {len(sample.token_ids)}"
+        )
+    return replace(sample, streams={**sample.streams, name: values_T})
+
+
+def split(samples: Sequence[Sample], *, tokens_per_batch: int, share_prompts: bool = True) -> list[list[int]]:
+    """Which samples form which micro-batch, as indices; a sequence is never cut.
+
+    Groups stay together and in order of length, so that the rectangles of attention waste little.  A group larger than
+    a micro-batch is spread over several, each with its own copy of the prompt.
+    """
+    by_group: dict[int, list[int]] = {}
+    for index, sample in enumerate(samples):
+        by_group.setdefault(sample.group_id, []).append(index)
+    groups = sorted(by_group.values(), key=lambda group: -max(len(samples[i].token_ids) for i in group))
+    parts: list[list[int]] = []
+    room = 0
+    for group in groups:
+        for position, index in enumerate(group):
+            length, prompt = len(samples[index].token_ids), samples[index].prompt_length
+            cost = length - prompt if share_prompts and position else length
+            if not parts or cost > room:
+                parts.append([])
+                room, cost = tokens_per_batch, length
+            parts[-1].append(index)
+            room -= cost
+    return parts
+
+
+def pack_one(samples: Sequence[Sample], *, counts: Counts, share_prompts: bool = True) -> PackedBatch:
+    """One micro-batch of these samples, in this order; samples of a group that share a prompt must be neighbours."""
+    layouts, tokens, trainable, sequence, last, at = [], [], [], [], [], 0
+    streams: dict[str, list[Tensor]] = {name: [] for name in samples[0].streams}
+    for run in _runs(samples) if share_prompts else [[i] for i in range(len(samples))]:
+        shared = samples[run[0]].prompt_length if len(run) > 1 else 0
+        if shared:
+            head = samples[run[0]]
+            tokens.append(head.token_ids[:shared])
+            trainable.append(torch.zeros(shared, dtype=torch.bool))
+            sequence.append(torch.full((shared,), -1))
+            for name, parts in streams.items():
+                parts.append(torch.zeros_like(head.streams[name][:shared]))
+            at += shared
+        for index in run:
+            sample = samples[index]
+            tokens.append(sample.token_ids[shared:])
+            trainable.append(sample.trainable[shared:])
+            sequence.append(torch.full((len(sample.token_ids) - shared,), index))
+            for name, parts in streams.items():
+                parts.append(sample.streams[name][shared:])
+            at += len(sample.token_ids) - shared
+            last.append(at - 1)
+        own = [len(samples[i].token_ids) - shared for i in run]
+        slot = len(layouts)
+        layouts.append(Layout.group(shared, own, slot=slot) if shared else Layout.chain(own[0], slot=slot))
+    return PackedBatch(
+        tokens_T=torch.cat(tokens),
+        layout=Layout.concat(layouts),
+        trainable_T=torch.cat(trainable),
+        sequence_T=torch.cat(sequence),
+        last_S=torch.tensor(last),
+        group_S=torch.tensor([s.group_id for s in samples]),
+        streams={name: torch.cat(parts) for name, parts in streams.items()},
+        counts=counts,
+    )
+
+
+def pack(
+    samples: Sequence[Sample], *, counts: Counts, tokens_per_batch: int, share_prompts: bool = True
+) -> list[PackedBatch]:
+    """The samples as micro-batches of about `tokens_per_batch` tokens (more where one sequence alone is longer)."""
+    parts = split(samples, tokens_per_batch=tokens_per_batch, share_prompts=share_prompts)
+    return [pack_one([samples[i] for i in part], counts=counts, share_prompts=share_prompts) for part in parts]
+
+
+def unpack(batch: PackedBatch, values_T: Float[Tensor, "T"], samples: Sequence[Sample]) -> list[Tensor]:
+    """Per-token values of a batch as one stream per sample (zero where not trainable), for the samples packed into it."""
+    out = []
+    for index, sample in enumerate(samples):
+        values = torch.zeros(len(sample.token_ids), dtype=values_T.dtype)
+        values[sample.trainable] = values_T[(batch.sequence_T == index) & batch.trainable_T]
+        out.append(values)
+    return out
+
+
+def inputs(batch: PackedBatch) -> tuple[Tensor, Layout, Tensor]:
+    """What a decoder must read to score the batch: tokens that some token continues.
+
+    Returns tokens_N, their layout, and row_T: where the hidden state that predicts token t stands among the N rows.
+    A sequence's last token is only ever a target, so no row is spent on it.
+    """
+    parent_T = batch.layout.parent_T
+    kept_T = torch.zeros(len(parent_T), dtype=torch.bool)
+    kept_T[parent_T[parent_T >= 0]] = True
+    number_T = torch.cumsum(kept_T, 0) - 1
+    row_T = torch.where(parent_T >= 0, number_T[parent_T.clamp(min=0)], ROOT)
+    layout = Layout(row_T[kept_T], batch.layout.slot_T[kept_T], batch.layout.position_T[kept_T])
+    return batch.tokens_T[kept_T], layout, row_T
+
+
+def _runs(samples: Sequence[Sample]) -> list[list[int]]:
+    """Neighbouring samples of one group that share a prompt, as runs of indices."""
+    runs: list[list[int]] = []
+    for index, sample in enumerate(samples):
+        first = samples[runs[-1][0]] if runs else None
+        if (
+            first is not None
+            and first.group_id == sample.group_id
+            and first.prompt_length == sample.prompt_length > 0
+            and torch.equal(first.token_ids[: first.prompt_length], sample.token_ids[: sample.prompt_length])
+        ):
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    return runs
