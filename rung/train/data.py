@@ -1,8 +1,8 @@
 """From completions to packed micro-batches, and back.
 
 A `Sample` is one flat token stream.  `pack` lays samples on one token axis without padding; with `share_prompts`, the
-prompt of a group stands there once and its completions continue it.  Neither the split into micro-batches nor the sharing
-is visible to an objective: denominators are counted on the whole step before anything is split.
+prompt of a group stands there once and its completions continue it.  Neither the split into micro-batches nor the
+sharing is visible to an objective: denominators are counted on the whole step before anything is split.
 """
 
 from collections.abc import Sequence
@@ -45,9 +45,7 @@ def count(samples: Sequence[Sample]) -> Counts:
 def with_stream(sample: Sample, name: str, values_T: Float[Tensor, "T"]) -> Sample:
     """The sample with one more named stream of its own length."""
     if values_T.shape != sample.token_ids.shape:
-        raise AssertionError(
-            f"stream {name!r} has shape {tuple(values_T.shape)}, the sample has {len(sample.token_ids)}"
-        )
+        raise AssertionError(f"stream {name!r} is not as long as its sample: {tuple(values_T.shape)}")
     return replace(sample, streams={**sample.streams, name: values_T})
 
 
@@ -122,7 +120,7 @@ def pack(
 
 
 def unpack(batch: PackedBatch, values_T: Float[Tensor, "T"], samples: Sequence[Sample]) -> list[Tensor]:
-    """Per-token values of a batch as one stream per sample (zero where not trainable), for the samples packed into it."""
+    """Per-token values of a batch as one stream per packed sample, zero where not trainable."""
     out = []
     for index, sample in enumerate(samples):
         values = torch.zeros(len(sample.token_ids), dtype=values_T.dtype)
