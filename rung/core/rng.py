@@ -8,46 +8,13 @@ depend on the batch it was drawn in, and a resumed run draws what the uninterrup
 `NOISE_LAW` names this file's arithmetic together with `engine/sampling.py`; every run records it.
 """
 
-import hashlib
-
+from rung.core.keys import GOLDEN, MASK, MIX_1, MIX_2, derive_key, mix64, signed, splitmix64
 from rung.core.shapes import Float, Int, Tensor
 
+__all__ = ["MASK", "NOISE_LAW", "derive_key", "gumbels", "mix64", "signed", "splitmix64", "uniforms"]
+
 NOISE_LAW = "gumbel2-splitmix64-v1"
-GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, odd  [SplitMix64]
-MIX_1, MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # Stafford's variant 13  [SplitMix64]
-MASK = (1 << 64) - 1
 UNIFORM_BITS = 52  # (word >> 12) + 1/2 is exact in fp64, and never 0 or 1 after scaling
-
-
-def mix64(word: int) -> int:
-    """SplitMix64's finaliser on one 64-bit word."""
-    word = ((word ^ (word >> 30)) * MIX_1) & MASK
-    word = ((word ^ (word >> 27)) * MIX_2) & MASK
-    return word ^ (word >> 31)
-
-
-def splitmix64(seed: int, index: int) -> int:
-    """Word `index` (from 0) of the SplitMix64 stream that starts from `seed`."""
-    return mix64((seed + (index + 1) * GOLDEN) & MASK)
-
-
-def derive_key(*names: int | str) -> int:
-    """A 64-bit key from a path of names; the order and the kind of every name matter.
-
-    >>> derive_key(0, "a") != derive_key("0", "a")
-    True
-    """
-    state = 0
-    for name in names:
-        kind = "i" if isinstance(name, int) else "s"
-        word = int.from_bytes(hashlib.blake2b(f"{kind}{name}".encode(), digest_size=8).digest(), "little")
-        state = mix64(((state + GOLDEN) & MASK) ^ word)
-    return state
-
-
-def signed(word: int) -> int:
-    """A 64-bit word as the int64 of equal bits (torch has no arithmetic on uint64)."""
-    return word - (1 << 64) if word >= 1 << 63 else word
 
 
 def uniforms(key_N: Int[Tensor, "N"], position_N: Int[Tensor, "N"], index: Int[Tensor, "..."]) -> Float[Tensor, "..."]:
