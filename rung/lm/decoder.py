@@ -1,0 +1,77 @@
+"""The decoder: an embedding, a tuple of blocks, a final norm and a head.  Meets `protocols.Decoder`."""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import nn
+from torch.nn.utils import skip_init
+
+from rung.core.records import Layout
+from rung.core.shapes import Float, Int, Tensor
+from rung.lm.block import Block
+from rung.lm.config import DecoderConfig
+from rung.lm.norm import RMSNorm
+from rung.lm.state import KVState
+
+INIT_STD = 0.02  # of weights and embeddings  [GPT-2; Llama's initializer_range]
+
+
+class Decoder(nn.Module):
+    """Tokens on a flat axis to hidden states.  Parameters are uninitialised until loaded or drawn by `init_`."""
+
+    def __init__(
+        self, config: DecoderConfig, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        place = torch.device(device or "cpu")
+        self.embedding = skip_init(nn.Embedding, config.vocab_size, config.width, dtype=dtype, device=place)
+        blocks = [Block(spec, config.width, dtype, place) for spec in config.blocks]
+        self.blocks = nn.ModuleList(blocks)
+        self.branches = all(block.mixer.branches for block in blocks)  # may a layout hold trees, or chains only?
+        self.norm = RMSNorm(config.width, config.norm_eps, dtype, place)
+        self.unembedding: nn.Linear | None = None
+        if not config.tied:
+            kind = {"bias": False, "dtype": dtype, "device": place}
+            self.unembedding = skip_init(nn.Linear, config.width, config.vocab_size, **kind)
+
+    @torch.no_grad()
+    def init_(self, generator: torch.Generator) -> "Decoder":
+        """Draw matrices from N(0, 0.02^2), set norms to one and biases to zero; returns self."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, INIT_STD, generator=generator)
+            else:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        return self
+
+    def forward(self, tokens_T: Int[Tensor, "T"], layout: Layout, state: KVState | None = None) -> Float[Tensor, "T D"]:
+        """Hidden states after the final norm, in the compute dtype.  With a state, the new rows stay pending."""
+        blocks = cast(Sequence[Block], self.blocks)
+        plan = blocks[0].mixer.plan(layout, state)
+        x_TD = self.embedding(tokens_T)
+        for layer, block in enumerate(blocks):
+            x_TD = block(x_TD, plan, None if state is None else state.rows[layer])
+        return self.norm(x_TD)
+
+    def head(self, hidden_ND: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
+        """Logits in the compute dtype."""
+        return nn.functional.linear(hidden_ND, self.head_weight())
+
+    def head_weight(self) -> Float[Tensor, "V D"]:
+        """The head's matrix: the embedding itself where the two are tied."""
+        return self.embedding.weight if self.unembedding is None else self.unembedding.weight
+
+    def new_state(self, slots: int, capacity: int) -> KVState:
+        """An empty state in the compute dtype."""
+        spec, weight = self.config.blocks[0].mixer, self.embedding.weight
+        return KVState(
+            layers=len(self.blocks),
+            slots=slots,
+            kv_heads=spec.kv_heads,
+            capacity=capacity,
+            head_dim=spec.head_dim,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
