@@ -1,4 +1,4 @@
-"""Says which build of torch pip is about to install and how large it is.  Standard library only: nothing is there yet."""
+"""Says which build of torch pip will install and how large it is.  Standard library only: nothing else is there yet."""
 
 import json
 import subprocess
@@ -27,14 +27,12 @@ def describe(install: dict) -> str:
     """One line from one entry of pip's installation report."""
     version = install["metadata"]["version"]
     needs = install["metadata"].get("requires_dist", [])
-    on_cuda = any(need.startswith(("nvidia-", "cuda-", "triton")) for need in needs)
-    if on_cuda:
+    build, remark = "CPU", ""
+    if any(need.startswith(("nvidia-", "cuda-", "triton")) for need in needs):
         build, remark = (
             "CUDA",
-            ", and several GB of CUDA packages beside it (see docs/guide/install.md for the CPU build)",
+            ", and several GB of CUDA packages beside it; for the CPU build see docs/guide/install.md",
         )
-    else:
-        build, remark = "CPU", ""
     size = _size(install["download_info"]["url"])
     return f"torch {version.split('+')[0]}, {build} build: {size}{remark}."
 
