@@ -1,4 +1,4 @@
-"""Frozen dataclasses <-> JSON and TOML.  Values only: a function is written as its name, `module:name` or `file.py:name`.
+"""Frozen dataclasses <-> JSON and TOML.  Values only: a function is written `module:name` or `file.py:name`.
 
 A written configuration carries `schema = 1` at its top.  Reading is strict: an unknown name, a wrong type, a missing
 field and another schema are errors that name the dotted path of the field.  What is written reads back equal.
@@ -171,7 +171,7 @@ def _decode_union(kinds: tuple[Any, ...], data: Any, path: str) -> Any:
     raise ConfigError(f"{path} must be {wanted}, and is {_described(data)}")
 
 
-def _expect(kind: type, data: Any, path: str, name: str) -> Any:
+def _expect(kind: Any, data: Any, path: str, name: str) -> Any:
     if type(data) is not kind or (kind is float and not math.isfinite(data)):
         raise ConfigError(f"{path} must be {name}, and is {_described(data)}")
     return data
@@ -183,7 +183,7 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def _leaves(data: Any, path: str = "") -> dict[str, Any]:
-    if not isinstance(data, dict) or not data:
+    if not isinstance(data, dict):
         return {path: data}
     leaves: dict[str, Any] = {}
     for name, item in data.items():

@@ -1,4 +1,4 @@
-"""Metrics that merge exactly over micro-batches: a mean carries its weight.  Outputs only: no code reads a metric to decide.
+"""Metrics that merge exactly over micro-batches: a mean carries its weight.  Outputs only: no metric decides anything.
 
 >>> flatten(merge({"reward": Mean.of(1.0, weight=3)}, {"reward": Mean.of(0.0, weight=1)}))
 {'reward': 0.75}

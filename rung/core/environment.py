@@ -1,0 +1,35 @@
+"""What a run ran on: a resumed run repeats itself bit for bit only where these are equal."""
+
+import hashlib
+import platform
+from typing import Any
+
+import torch
+
+from rung import __version__
+from rung.core.rng import NOISE_LAW
+
+
+def environment() -> dict[str, Any]:
+    """Names and numbers of this machine and process, as they go into `environment.json`."""
+    return {
+        "rung": __version__,
+        "noise_law": NOISE_LAW,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "torch_build": hashlib.blake2b(torch.__config__.show().encode(), digest_size=8).hexdigest(),
+        "cpu": _cpu_model(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+    except OSError:  # not Linux
+        names = []
+    return names[0] if names else platform.machine()
