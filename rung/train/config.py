@@ -13,20 +13,20 @@ class Method:
     """One row of the spine; each cell can be replaced.  Sources: docs/guide/methods.md.
 
     advantage:   none, mean, leave_one_out, std (of a group's rewards)
-    surrogate:   pg, clip
+    surrogate:   pg, clip, clip_sequence (the ratio of the whole sequence)
     eps_low, eps_high: bounds of the clip
     kl:          none; k1_reward (per token, return-to-go, subtracted after normalisation); square (of the whole
                  sequence's log-ratio); k3_loss
     kl_coef:     its weight (beta)
     denominator: sequence_mean, tokens, group_tokens, constant, sequences
     dynamic_sampling: groups whose rewards are all equal are dropped and replaced, at most `max_refills` times
-    overlong:    none; shape (DAPO eq. 13, over the last `overlong_cache` tokens); mask (a sample that was cut off is
-                 not trained on)
+    overlong:    none; shape (DAPO eq. 13, over the last `overlong_cache` tokens, 0 being a fifth of max_tokens);
+                 mask (a sample that was cut off is not trained on)
     entropy_coef: weight of an entropy bonus
     """
 
     advantage: Literal["none", "mean", "leave_one_out", "std"] = "std"
-    surrogate: Literal["pg", "clip"] = "clip"
+    surrogate: Literal["pg", "clip", "clip_sequence"] = "clip"
     eps_low: float = 0.2
     eps_high: float = 0.2
     kl: Literal["none", "k1_reward", "square", "k3_loss"] = "none"
