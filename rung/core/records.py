@@ -7,7 +7,7 @@ group's shared prompt is a node with G children, prefill is a chain, plain decod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -203,6 +203,7 @@ class TokenScores:
     entropy_T: Float[Tensor, "T"]
 
 
+@runtime_checkable
 class Policy(Protocol):
     """What an objective may ask of a model: a language model, a table and a toy all answer it."""
 

@@ -28,15 +28,15 @@ class Denominator:
 
 DENOMINATORS: Mapping[str, Denominator] = {
     # GRPO: mean over a sequence's tokens, then over sequences
-    "sequence_mean": Denominator(lambda own, group, limit: 1 / max(own, 1), lambda counts: counts.sequences),
+    "sequence_mean": Denominator(lambda own, group, limit: 1 / max(own, 1), lambda counts: float(counts.sequences)),
     # DAPO as verl and trl have it: mean over the step's tokens
-    "tokens": Denominator(lambda own, group, limit: 1.0, lambda counts: max(counts.tokens, 1)),
+    "tokens": Denominator(lambda own, group, limit: 1.0, lambda counts: float(max(counts.tokens, 1))),
     # DAPO as its paper has it: mean over a group's tokens, then over groups
-    "group_tokens": Denominator(lambda own, group, limit: 1 / max(group, 1), lambda counts: counts.groups),
+    "group_tokens": Denominator(lambda own, group, limit: 1 / max(group, 1), lambda counts: float(counts.groups)),
     # Dr. GRPO: sum over tokens, over the token limit, then mean over sequences
-    "constant": Denominator(lambda own, group, limit: 1 / limit, lambda counts: counts.sequences),
+    "constant": Denominator(lambda own, group, limit: 1 / limit, lambda counts: float(counts.sequences)),
     # REINFORCE, RLOO: sum over tokens, mean over sequences
-    "sequences": Denominator(lambda own, group, limit: 1.0, lambda counts: counts.sequences),
+    "sequences": Denominator(lambda own, group, limit: 1.0, lambda counts: float(counts.sequences)),
 }
 
 

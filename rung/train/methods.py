@@ -244,7 +244,7 @@ def _kl_per_sequence(method: Method, estimate: Estimator) -> Callable[[_Tokens],
 
     def term(x: _Tokens) -> Term:
         value_S = estimate(x.per_sequence(x.logp_T), x.per_sequence(x.stream("logp_ref")))
-        return Term(method.kl_coef * value_S, x.trained_S(), x.batch.counts.sequences)
+        return Term(method.kl_coef * value_S, x.trained_S(), float(x.batch.counts.sequences))
 
     return term
 
@@ -253,6 +253,6 @@ def _entropy_term(method: Method) -> Callable[[_Tokens], Term]:
     """Always a mean over the step's tokens, so that the coefficient means the same in every method (as in trl)."""
 
     def term(x: _Tokens) -> Term:
-        return Term(-method.entropy_coef * x.entropy_T, x.batch.trainable_T, max(x.batch.counts.tokens, 1))
+        return Term(-method.entropy_coef * x.entropy_T, x.batch.trainable_T, float(max(x.batch.counts.tokens, 1)))
 
     return term
