@@ -54,7 +54,7 @@ class Grade:
     score: the reward; None means *unknown* (the verifier failed), which is never a zero
     right: whether the answer counts as correct in an accuracy
     parts: named contributions to the score, for the record
-    error: why the grade is unknown
+    error: why the grade is unknown, or how the answer made the verifier fail
     """
 
     score: float | None

@@ -1,0 +1,186 @@
+"""A task by name: built in (`arithmetic`), importable (`package.module:name`), or in one file (`file.py:name`).
+
+The name is that of a Task class, of a function that returns a Task, or of a bare reward function beside a list:
+
+    problems = [{"prompt": f"Spell {word} backwards.", "answer": word[::-1]} for word in ("cat", "house", ...)]
+
+    def reward(problem, text):
+        return text.strip() == problem.answer
+
+`problems` is a list (or a function that returns one) of `Problem`s or of tables with a prompt; what a table has besides
+prompt, answer and system becomes the problem's facts.  A reward is a number or a bool, or a `Grade`; an accuracy counts
+the answers whose reward is 1.  Options become keyword arguments.
+"""
+
+import importlib
+import importlib.util
+import inspect
+import math
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from rung.core.config import decode
+from rung.core.errors import ConfigError, RungError, TaskError, nearest
+from rung.core.words import Answer, Grade, Message, Problem
+from rung.tasks.base import Task, problem_id
+
+BUILT_IN: Mapping[str, str] = {"arithmetic": "rung.tasks.arithmetic:Arithmetic"}
+METHODS = ("__len__", "problem", "reply", "grade")
+
+
+def load_task(name: str, options: Mapping[str, Any]) -> Task:
+    """The task of a name, made with these options.
+
+    Raises TaskError for a name that leads nowhere, a file that raises, an unknown option, or an empty set of problems.
+    """
+    place, _, attribute = BUILT_IN.get(name, name).rpartition(":")
+    if not place or not attribute:
+        raise TaskError(
+            f"no task is called {name!r}. {nearest(name, BUILT_IN)} Your own is named `file.py:name` or `module:name`"
+        )
+    is_file = place.endswith(".py")
+    module = _run(name, place, lambda: _load_file(Path(place)) if is_file else importlib.import_module(place))
+    found = vars(module).get(attribute)
+    if found is None:
+        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise TaskError(f"{place} has no {attribute!r}. {nearest(attribute, known) if known else 'It is empty.'}")
+    if not callable(found):
+        raise TaskError(f"{name} must be a Task class or a function, and is {type(found).__name__}")
+    _check_options(name, found, options)
+    if name in BUILT_IN:
+        task = _decoded(name, found, options)
+    elif _is_reward(found):
+        task = _run(name, place, lambda: _from_reward(module, found, name, options))
+    else:
+        task = _run(name, place, lambda: found(**options))
+    if missing := [method for method in METHODS if not callable(getattr(task, method, None))]:
+        raise TaskError(f"{name} must be a Task (__len__, problem, reply, grade), and has no {missing[0]}")
+    if _run(name, place, lambda: len(task)) == 0:
+        raise TaskError(f"the task {name} has no problems: it needs a few dozen, to learn from and to hold out")
+    return task
+
+
+def absolute(name: str) -> str:
+    """The name with its file's full path, so that it means the same in another folder."""
+    place, _, attribute = name.rpartition(":")
+    return f"{Path(place).resolve()}:{attribute}" if place.endswith(".py") else name
+
+
+@dataclass(frozen=True)
+class RewardTask:
+    """A list of problems and a function that rewards a text."""
+
+    problems: tuple[Problem, ...]
+    reward: Callable[[Problem, str], Any]
+
+    def __len__(self) -> int:
+        return len(self.problems)
+
+    def problem(self, index: int) -> Problem:
+        return self.problems[index]
+
+    def reply(self, problem: Problem, messages: Sequence[Message]) -> list[Message] | None:
+        return None
+
+    def grade(self, answers: Sequence[Answer]) -> list[Grade]:
+        return [_grade(self.reward(answer.problem, answer.text)) for answer in answers]
+
+
+def _grade(reward: Any) -> Grade:
+    if isinstance(reward, Grade):
+        return reward
+    score = float(reward)
+    if not math.isfinite(score):
+        raise TaskError(f"a reward must be a finite number, and is {score}")
+    return Grade(score=score, right=score == 1.0)
+
+
+def _decoded(name: str, cls: Any, options: Mapping[str, Any]) -> Task:
+    try:
+        return decode(cls, dict(options))
+    except ConfigError as error:
+        raise TaskError(f"the task {name}: {error}") from error
+
+
+def _from_reward(module: ModuleType, reward: Callable[..., Any], name: str, options: Mapping[str, Any]) -> RewardTask:
+    listed = vars(module).get("problems")
+    if listed is None:
+        raise TaskError(f"{name} is a reward function: its file needs a list `problems` beside it")
+    rows = listed() if callable(listed) else listed
+    return RewardTask(tuple(_problem(row, name, i) for i, row in enumerate(rows)), partial(reward, **options))
+
+
+def _problem(row: Any, name: str, index: int) -> Problem:
+    if isinstance(row, Problem):
+        return row
+    if not isinstance(row, Mapping) or not isinstance(row.get("prompt"), str):
+        raise TaskError(f"{name}: problem {index} must be a table with a prompt (a string), and is {row!r}")
+    facts = {key: value for key, value in row.items() if key not in ("prompt", "answer", "system")}
+    for key, value in facts.items():
+        if not isinstance(value, str | int | float | bool):
+            raise TaskError(f"{name}: problem {index} may hold strings and numbers, and its {key!r} is {value!r}")
+    user, system, answer = Message("user", row["prompt"]), row.get("system"), row.get("answer")
+    return Problem(
+        id=problem_id(f"{system or ''}\n{row['prompt']}"),
+        messages=(Message("system", str(system)), user) if system else (user,),
+        answer=None if answer is None else str(answer),
+        task=name,
+        facts=facts,
+    )
+
+
+def _is_reward(found: Any) -> bool:
+    return inspect.isfunction(found) and list(inspect.signature(found).parameters)[:2] == ["problem", "text"]
+
+
+def _check_options(name: str, found: Any, options: Mapping[str, Any]) -> None:
+    parameters = list(inspect.signature(found).parameters.values())[2 * _is_reward(found) :]
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return
+    known = [p.name for p in parameters if p.kind is not p.VAR_POSITIONAL]
+    for option in options:
+        if option not in known:
+            hint = nearest(option, known) if known else "It takes none."
+            raise TaskError(f"the task {name} has no option {option!r}. {hint}")
+    for p in parameters:
+        if p.default is p.empty and p.name not in options and p.kind is not p.VAR_POSITIONAL:
+            raise TaskError(f"the task {name} needs the option {p.name!r}")
+
+
+def _run(name: str, place: str, action: Callable[[], Any]) -> Any:
+    """The user's code; what it raises becomes one line with the place in their file."""
+    try:
+        return action()
+    except RungError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise TaskError(f"the task {name} failed: {where(error, place)}") from error
+
+
+def where(error: BaseException, place: str) -> str:
+    """An exception in one line, with the last line of the file `place` that it came through."""
+    what = traceback.format_exception_only(error)[-1].strip()
+    if isinstance(error, SyntaxError):
+        return f"{what} ({error.filename}, line {error.lineno})"
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [frame for frame in frames if not frame.filename.startswith("<frozen") and frame.filename != __file__]
+    own = [frame for frame in theirs if Path(frame.filename).name == Path(place).name] or theirs
+    return f"{what} ({own[-1].filename}, line {own[-1].lineno}: {own[-1].line})" if own else what
+
+
+def _load_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise TaskError(f"there is no task file {path}")
+    spec = importlib.util.spec_from_file_location(f"rung_task_{path.stem}", path)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module

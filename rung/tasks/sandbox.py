@@ -1,0 +1,212 @@
+"""Grading in a child process, so that no answer can crash, stall or fill the memory of a run.
+
+*Wrong* is whatever an answer causes: an answer that makes the verifier raise, hang or die, while the verifier manages
+the known-good answer to the same problem, scores 0.  *Unknown* is the verifier's own fault: it says so, the known-good
+answer fails too, or the child cannot be kept alive.  Where a problem has no known-good answer, an empty one is tried.
+
+The child is limited in time and memory against accidents; it is no defence against hostile code.
+"""
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rung.core.config import decode, encode
+from rung.core.errors import TaskError
+from rung.core.words import Answer, Grade, unknown
+
+START_SECONDS = 120.0  # loading a task may import much
+TAIL = 2000  # bytes of the child's stderr that a message may quote
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Of one answer: seconds by the clock, seconds of computing, and the child's address space."""
+
+    seconds: float = 5.0
+    cpu_seconds: int = 10
+    memory_bytes: int = 4 << 30
+
+
+class Grader:
+    """A task's verifier in a child process, started at once and again whenever it was lost.
+
+    Raises TaskError where the task cannot be loaded.  Close it, or use it in a `with`.
+    """
+
+    def __init__(self, name: str, options: Mapping[str, Any], limits: Limits | None = None):
+        self._limits = limits or Limits()
+        self._setup = {"task": name, "options": dict(options), **encode(self._limits)}
+        self._broken = ""  # why the child could not be started again
+        self._child = _Child(self._setup)
+
+    def grade(self, answers: Sequence[Answer]) -> list[Grade]:
+        """One grade per answer.  An answer that fails the verifier is judged by the problem's known-good answer."""
+        self._broken = ""
+        controls: dict[str, str] = {}
+        outcomes = self._outcomes(answers)
+        return [self._judge(answer, outcome, controls) for answer, outcome in zip(answers, outcomes, strict=True)]
+
+    def close(self) -> None:
+        self._child.kill()
+
+    def __enter__(self) -> "Grader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _outcomes(self, answers: Sequence[Answer]) -> list["Grade | _Failure"]:
+        """A grade or a failure per answer; the child is started anew after each that it did not survive."""
+        outcomes: list[Grade | _Failure] = []
+        while len(outcomes) < len(answers) and self._ready():
+            rest = answers[len(outcomes) :]
+            self._child.send({"answers": [encode(answer) for answer in rest]})
+            for _ in rest:
+                outcomes.append(self._child.result(self._limits.seconds))
+                if not self._child.alive:
+                    break
+        return outcomes + [unknown(f"the verifier is lost: {self._broken}")] * (len(answers) - len(outcomes))
+
+    def _ready(self) -> bool:
+        """Whether there is a child; a lost one is replaced, unless that has just failed."""
+        if not self._child.alive and not self._broken:
+            try:
+                self._child = _Child(self._setup)
+            except TaskError as error:
+                self._broken = str(error)
+        return not self._broken
+
+    def _judge(self, answer: Answer, outcome: "Grade | _Failure", controls: dict[str, str]) -> Grade:
+        if isinstance(outcome, _Failure) and outcome.lost:  # perhaps by accident: once more
+            (outcome,) = self._outcomes([answer])
+        if isinstance(outcome, Grade):
+            return outcome
+        problem = answer.problem
+        if problem.id not in controls:
+            (control,) = self._outcomes([replace(answer, text=problem.answer or "", stop="eos")])
+            controls[problem.id] = "" if isinstance(control, Grade) and control.known else _reason(control)
+        if controls[problem.id]:
+            kind = "an empty answer" if problem.answer is None else "the known-good answer"
+            return unknown(f"{outcome.reason}; {kind} to the same problem fails too: {controls[problem.id]}")
+        return Grade(score=0.0, error=outcome.reason)
+
+
+class UnknownWatch:
+    """Stops a run whose verifier fails: more than `share` of the grades of the last `window` groups are unknown."""
+
+    def __init__(self, share: float = 0.05, window: int = 50):
+        self._share, self._window = share, window
+        self._groups: deque[tuple[int, int]] = deque(maxlen=window)
+        self.dropped = 0  # groups with fewer than two known grades
+
+    def keep(self, grades: Sequence[Grade]) -> bool:
+        """Count a group; False where it has fewer than two known grades, and cannot be compared.
+
+        Raises TaskError as soon as the share is passed, whatever the rest of the window brings.
+        """
+        missing = [grade for grade in grades if not grade.known]
+        self._groups.append((len(missing), len(grades)))
+        bad, seen = (sum(column) for column in zip(*self._groups, strict=True))
+        if bad > self._share * max(seen, self._window * len(grades)):
+            raise TaskError(
+                f"the verifier failed on {bad} of the last {seen} answers (over {self._share:.0%} of {self._window} "
+                f"groups): {missing[-1].error if missing else 'see grades.jsonl'}. Mend the task, then resume the run"
+            )
+        kept = len(grades) - len(missing) >= 2
+        self.dropped += not kept
+        return kept
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """A verifier that gave no grade; lost: the child died, which need not be the answer's doing."""
+
+    reason: str
+    lost: bool = False
+
+
+def _reason(outcome: Grade | _Failure) -> str:
+    return outcome.error if isinstance(outcome, Grade) else outcome.reason
+
+
+class _Child:
+    """One worker process, alive until it fails to answer.  Raises TaskError where it does not get ready."""
+
+    def __init__(self, setup: Mapping[str, Any]):
+        self._buffer = self._tail = b""
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "rung.tasks.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is the parent's; and what the verifier starts dies with it
+        )
+        self.alive = True
+        self.send(setup)
+        ready = self._receive(START_SECONDS)
+        if isinstance(ready, _Failure) or "error" in ready:
+            self.kill()
+            raise TaskError(ready.reason if isinstance(ready, _Failure) else ready["error"])
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        assert self._process.stdin
+        with contextlib.suppress(BrokenPipeError):  # a dead child is noticed when its answer is awaited
+            self._process.stdin.write(json.dumps(message).encode() + b"\n")
+            self._process.stdin.flush()
+
+    def result(self, seconds: float) -> Grade | _Failure:
+        """The next grade, or why there is none."""
+        message = self._receive(seconds)
+        if isinstance(message, _Failure):
+            self.kill()
+            return message
+        return decode(Grade, message["grade"]) if "grade" in message else _Failure(message["error"])
+
+    def kill(self) -> None:
+        self.alive = False
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
+            assert pipe
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+
+    def _receive(self, seconds: float) -> Any:
+        """The next message, or a _Failure; what the child prints meanwhile is drained."""
+        assert self._process.stdout
+        assert self._process.stderr
+        out, err = self._process.stdout.fileno(), self._process.stderr.fileno()
+        watched, deadline = [out, err], time.monotonic() + seconds
+        while b"\n" not in self._buffer:
+            left = deadline - time.monotonic()
+            ready = select.select(watched, [], [], left)[0] if left > 0 else []
+            if not ready:
+                return _Failure(f"the verifier took more than {seconds:g} seconds")
+            if err in ready:
+                printed = os.read(err, 1 << 16)
+                self._tail = (self._tail + printed)[-TAIL:]
+                watched = watched if printed else [out]
+            if out in ready:
+                data = os.read(out, 1 << 16)
+                if not data:
+                    return _Failure(self._epitaph(), lost=True)
+                self._buffer += data
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return json.loads(line)
+
+    def _epitaph(self) -> str:
+        code = self._process.wait()
+        cause = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+        last = self._tail.decode(errors="replace").strip().rpartition("\n")[2]
+        return f"the verifier's process ended {cause}" + (f", after {last!r}" if last else "")
