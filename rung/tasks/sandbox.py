@@ -102,29 +102,41 @@ class Grader:
 
 
 class UnknownWatch:
-    """Stops a run whose verifier fails: more than `share` of the grades of the last `window` groups are unknown."""
+    """Stops a run whose verifier fails: more than `share` of the grades of the last `window` groups are unknown.
+
+    `state` and `restore` carry it over a resume, as plain values.
+    """
 
     def __init__(self, share: float = 0.05, window: int = 50):
         self._share, self._window = share, window
-        self._groups: deque[tuple[int, int]] = deque(maxlen=window)
-        self.dropped = 0  # groups with fewer than two known grades
+        self._groups: deque[tuple[int, int]] = deque(maxlen=window)  # (unknown grades, all grades)
+        self.dropped = 0
 
-    def keep(self, grades: Sequence[Grade]) -> bool:
-        """Count a group; False where it has fewer than two known grades, and cannot be compared.
+    def add(self, grades: Sequence[Grade]) -> bool:
+        """Count a group; False, and one more `dropped`, where fewer than two of its grades are known.
 
-        Raises TaskError as soon as the share is passed, whatever the rest of the window brings.
+        Raises TaskError as soon as the share is passed, whatever the rest of the window would bring.
         """
         missing = [grade for grade in grades if not grade.known]
         self._groups.append((len(missing), len(grades)))
         bad, seen = (sum(column) for column in zip(*self._groups, strict=True))
         if bad > self._share * max(seen, self._window * len(grades)):
             raise TaskError(
-                f"the verifier failed on {bad} of the last {seen} answers (over {self._share:.0%} of {self._window} "
-                f"groups): {missing[-1].error if missing else 'see grades.jsonl'}. Mend the task, then resume the run"
+                f"the verifier failed on {bad} of the last {seen} answers, which is more than {self._share:.0%} of "
+                f"{self._window} groups"
+                + (f" ({missing[-1].error})" if missing else "")
+                + ". Mend the task, then resume the run"
             )
-        kept = len(grades) - len(missing) >= 2
+        kept = len(grades) - len(missing) >= min(2, len(grades))
         self.dropped += not kept
         return kept
+
+    def state(self) -> dict[str, Any]:
+        return {"groups": [list(group) for group in self._groups], "dropped": self.dropped}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._groups = deque((tuple(group) for group in state["groups"]), maxlen=self._window)
+        self.dropped = state["dropped"]
 
 
 @dataclass(frozen=True)
