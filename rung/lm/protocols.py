@@ -5,8 +5,10 @@ rows and their ancestors among the new tokens; their own rows are *pending* unti
 key-value cache could roll back by leaving dead rows, a recurrent mixer could not: hence `commit` from the first day.
 """
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
 
 from rung.core.records import Layout
 from rung.core.shapes import Float, Int, Tensor
@@ -44,14 +46,17 @@ class Decoder(Protocol):
 
     branches: bool
 
-    def forward(self, tokens_T: Int[Tensor, "T"], layout: Layout, state: State | None = None) -> Float[Tensor, "T D"]:
-        """Hidden states after the final norm, in the compute dtype."""
+    def forward(self, tokens_T: Int[Tensor, "T"], layout: Layout, state: Any = None) -> Float[Tensor, "T D"]:
+        """Hidden states after the final norm, in the compute dtype.  `state` is one of this decoder's own."""
 
     def head(self, hidden_ND: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
         """Logits in the compute dtype; equal to hidden_ND @ head_weight().T."""
 
     def head_weight(self) -> Float[Tensor, "V D"]:
         """The head's matrix (the embedding itself where the two are tied)."""
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """The weights."""
 
     def new_state(self, slots: int, capacity: int) -> State:
         """An empty state in the compute dtype."""

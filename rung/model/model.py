@@ -42,7 +42,12 @@ class Model:
         return self.text
 
     def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """A conversation through the chat template, with the opening of the answer that is wanted."""
+        """A conversation through the chat template, with the opening of the answer that is wanted.
+
+        A conversation that ends with the assistant's own words leaves that answer open, for the model to go on.
+        """
+        if messages and messages[-1].role == "assistant":
+            return prompt_ids(self.tokenizer, messages[:-1]) + tuple(self.tokenizer.encode(messages[-1].content))
         return prompt_ids(self.tokenizer, messages)
 
     @torch.inference_mode()

@@ -32,6 +32,7 @@ class Arithmetic:
     operations: "+" is addition alone, "+-*" a mixture; usual precedence
     prompt:     the user's message; {expression} stands for the expression
     system:     a system message, "" for none
+    opening:    how every answer begins, written by the task and not by the model; "" for nothing
 
     A problem's content forgets the order of what commutes: 12 + 34 and 34 + 12 are in the same split.
     """
@@ -41,6 +42,7 @@ class Arithmetic:
     terms: int = 2
     prompt: str = "What is {expression}? Answer with the number only."
     system: str = ""
+    opening: str = ""
 
     def __post_init__(self) -> None:
         if not self.operations or set(self.operations) - set("+-*") or len(set(self.operations)) < len(self.operations):
@@ -67,10 +69,14 @@ class Arithmetic:
             signs.append(self.operations[choice])
         summands = _summands(numbers, signs)
         expression = str(numbers[0]) + "".join(f" {s} {n}" for s, n in zip(signs, numbers[1:], strict=True))
-        user = Message("user", self.prompt.replace("{expression}", expression))
+        messages = [
+            Message("system", self.system),
+            Message("user", self.prompt.replace("{expression}", expression)),
+            Message("assistant", self.opening.replace("{expression}", expression)),
+        ]
         return Problem(
             id=problem_id(f"arithmetic {sorted(summands)}"),
-            messages=(Message("system", self.system), user) if self.system else (user,),
+            messages=tuple(message for message in messages if message.content),
             answer=str(_value(summands)),
             task="arithmetic",
             facts={"expression": expression},

@@ -138,6 +138,15 @@ class UnknownWatch:
         self._groups = deque((tuple(group) for group in state["groups"]), maxlen=self._window)
         self.dropped = state["dropped"]
 
+    def state(self) -> dict[str, Any]:
+        """What `restore` needs, in JSON."""
+        return {"groups": [list(pair) for pair in self._groups], "dropped": self.dropped}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on counting where `state` was taken."""
+        self._groups.extend((bad, seen) for bad, seen in state["groups"])
+        self.dropped = state["dropped"]
+
 
 @dataclass(frozen=True)
 class _Failure:

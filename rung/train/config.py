@@ -98,9 +98,12 @@ class GroupRL:
     tokens_per_micro_batch: upper bound on the flat token axis of one forward and backward pass
     share_prompts:   the group's prompt is computed once in the learner too
     dtype:           auto is bf16 where the machine multiplies it fast, else fp32
-    eval_every, eval_problems: held-out evaluation, greedy; also before the first and after the last step
+    eval_problems:   held-out problems answered greedily before the first step and after the last
+    eval_every, validation_problems: steps between looks at a third set of problems; the best one's checkpoint is kept
     checkpoint_every: steps between checkpoints
     threads:         0 takes all cores
+    top_k, top_p, min_p, repetition_penalty: refused unless neutral: the learner scores the whole softmax, and samples
+                     of another law would make every update silently off-policy
     """
 
     name: str
@@ -118,8 +121,12 @@ class GroupRL:
     tokens_per_micro_batch: int = 2048
     share_prompts: bool = True
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
-    eval_every: int = 0
     eval_problems: int = 500
+    eval_every: int = 0
+    validation_problems: int = 128
     checkpoint_every: int = 20
     threads: int = 0
-    system_prompt: str = ""
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0

@@ -75,7 +75,8 @@ def split(samples: Sequence[Sample], *, tokens_per_batch: int, share_prompts: bo
 
 def pack_one(samples: Sequence[Sample], *, counts: Counts, share_prompts: bool = True) -> PackedBatch:
     """One micro-batch of these samples, in this order; samples of a group that share a prompt must be neighbours."""
-    layouts, tokens, trainable, sequence, last, at = [], [], [], [], [], 0
+    layouts: list[Layout] = []
+    tokens, trainable, sequence, last, at = [], [], [], [], 0
     streams: dict[str, list[Tensor]] = {name: [] for name in samples[0].streams}
     for run in _runs(samples) if share_prompts else [[i] for i in range(len(samples))]:
         shared = samples[run[0]].prompt_length if len(run) > 1 else 0

@@ -36,13 +36,19 @@ class StepResult:
 class Learner:
     """Owns masters and optimiser of one decoder's parameters."""
 
-    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], optim: Optim, *, num_steps: int) -> None:
+    def __init__(
+        self, parameters: Mapping[str, torch.nn.Parameter], optim: Optim, *, num_steps: int, dtype: torch.dtype
+    ) -> None:
+        """Takes fp32 (or fp64) parameters.  Where `dtype` is another, they become the masters, and the module is left
+        with a rounded copy of them."""
         self.optim, self.num_steps, self.num_updates = optim, num_steps, 0
         self.compute = dict(parameters)
-        self.masters = {
-            name: p if p.dtype in (torch.float32, torch.float64) else p.detach().float()
-            for name, p in parameters.items()
-        }
+        self.masters: dict[str, Tensor] = {}
+        for name, parameter in self.compute.items():
+            self.masters[name] = parameter
+            if parameter.dtype != dtype:
+                self.masters[name] = parameter.detach()
+                parameter.data = parameter.detach().to(dtype)
         self._grads: dict[str, Tensor] = {}
         self._hooks = [p.register_post_accumulate_grad_hook(self._accumulate(name)) for name, p in self.compute.items()]
         decayed = [m for m in self.masters.values() if m.ndim > 1]
@@ -69,6 +75,7 @@ class Learner:
         """Forward and backward over all micro-batches, clip, AdamW.  `observe` sees every batch with its scores.
 
         `phase` is told when "backward" and "update" begin.
+        No batch at all (every group of the step is dead) is a step with a gradient of zero.
         Raises NonFiniteError, with nothing changed, if a loss or gradient is not finite.
         """
         totals: dict[str, float] = {}
@@ -80,7 +87,8 @@ class Learner:
                 loss, values = total_loss(terms)
                 _refuse_non_finite_loss(values, terms, recorded.last)
                 loss.backward()
-                observe(batch, recorded.last)
+                if recorded.last is not None:
+                    observe(batch, recorded.last)
                 for name, value in values.items():
                     totals[name] = totals.get(name, 0.0) + value
             norm = self._clip()
@@ -122,6 +130,7 @@ class Learner:
     def _accumulate(self, name: str) -> Callable[[torch.nn.Parameter], None]:
         def hook(parameter: torch.nn.Parameter) -> None:
             grad, parameter.grad = parameter.grad, None
+            assert grad is not None, "the hook runs after a gradient was accumulated"
             master = self.masters[name]
             if name in self._grads:
                 self._grads[name].add_(grad)
@@ -146,8 +155,8 @@ class Learner:
         lr = self.learning_rate(self.num_updates)
         for group in self.adamw.param_groups:
             group["lr"] = lr
-        for name, grad in self._grads.items():
-            self.masters[name].grad = grad
+        for name, master in self.masters.items():
+            master.grad = self._grads[name] if name in self._grads else torch.zeros_like(master)
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
         self.num_updates += 1

@@ -1,0 +1,249 @@
+"""A run from its first step to its report, on disk at every moment.
+
+    train     a new run folder            resume    go on from the newest sound checkpoint, bit for bit
+
+Order within a step: sample, grade (grades go to disk), learn, record; then, where due, evaluate and save.  Records of
+steps after the checkpoint are cut on resume; grades are kept, and replayed.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rung.core.checkpoint import Checkpoint, load_newest, save
+from rung.core.environment import environment
+from rung.core.errors import RunError
+from rung.core.progress import Listener, Progress, silent
+from rung.core.records import Sampling
+from rung.core.rundir import RunDir, create, open_run
+from rung.core.words import Message
+from rung.tasks.base import Split, problems
+from rung.train.config import GroupRL
+from rung.train.evaluate import Evaluation, evaluate_with
+from rung.train.grpo import GAP_ALARM, StepRecord, train_step
+from rung.train.session import PhaseLog, Session, check_recipe, fingerprint, open_session, self_test, use_threads
+
+SAME_PLACE = ("noise_law", "torch", "torch_build", "cpu", "capability", "threads", "gpu")
+TIMES = ("seconds_prefill", "seconds_decode", "seconds_grade", "seconds_learn")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A finished run.  summary: accuracy before and after with its interval, minutes, steps."""
+
+    folder: Path
+    summary: Mapping[str, Any]
+
+
+def train(
+    recipe: GroupRL, *, folder: str | Path | None = None, listener: Listener = silent, or_resume: bool = False
+) -> Run:
+    """Run a recipe in a new folder (default `runs/<name>`).
+
+    or_resume: where the folder holds this recipe's run already, go on with it, or hand back its result.
+    Raises ConfigError, TaskError, ModelError before anything is made, RunError where the folder is taken.
+    """
+    check_recipe(recipe)
+    folder = Path(folder or Path("runs") / recipe.name)
+    if or_resume and (folder / "config.json").exists():
+        if open_run(folder).config(GroupRL) != recipe:
+            raise RunError(
+                f"{folder} holds a run of another configuration: `rung resume {folder}` goes on with that one; "
+                "choose another --name for this one."
+            )
+        return resume(folder, listener=listener)
+    use_threads(recipe.threads)
+    return _go(create(folder, recipe, environment()), recipe, listener)
+
+
+def resume(folder: str | Path, *, listener: Listener = silent, allow_changed: bool = False) -> Run:
+    """Go on with a run, bit for bit; a finished one is handed back as it is.
+
+    Raises RunError on another machine, thread count or build of torch, unless `allow_changed`.
+    """
+    run = open_run(folder)
+    recipe = run.config(GroupRL)
+    check_recipe(recipe)
+    use_threads(recipe.threads)
+    before, now = run.environment(), environment()
+    changed = [
+        f"{name} was {before.get(name)!r}, is {now[name]!r}" for name in SAME_PLACE if before.get(name) != now[name]
+    ]
+    if changed and not allow_changed:
+        raise RunError(
+            f"{run.folder} cannot be continued bit for bit here: {'; '.join(changed)}. "
+            "Resume it where it ran, or pass --allow-changed to go on all the same."
+        )
+    return _go(run, recipe, listener)
+
+
+def _go(run: RunDir, recipe: GroupRL, listener: Listener) -> Run:
+    with run.lock():
+        finished = _summary(run, recipe)
+        if finished is not None:
+            return Run(folder=run.folder, summary=finished)
+        checkpoint = load_newest(run.checkpoints)
+        start = checkpoint.step if checkpoint else 0
+        for warning in checkpoint.warnings if checkpoint else ():
+            listener(Progress(stage="notice", text=warning))
+        for log in ("metrics", "samples", "evals"):
+            run.cut(log, start + 1 if checkpoint else 0)
+        phase = PhaseLog(run)
+        with open_session(recipe, run, start + 1, phase, listener) as session:
+            base = fingerprint(session.learner.compute)
+            if checkpoint:
+                _restore(session, checkpoint, base, listener)
+            self_test(session, listener)
+            if not checkpoint:
+                _evaluate(run, session, 0, "held_out", recipe.eval_problems, "baseline", listener)
+            _steps(run, session, start, base, phase, listener)
+            _evaluate(run, session, recipe.num_steps, "held_out", recipe.eval_problems, "evaluate", listener)
+            if not (run.folder / "model").exists():
+                session.model.save(run.folder / "model", weights=session.learner.masters)
+        finished = _summary(run, recipe)
+        assert finished is not None, "a run that came to its end has a first and a last evaluation"
+        return Run(folder=run.folder, summary=finished)
+
+
+def _steps(run: RunDir, session: Session, start: int, base: str, phase: PhaseLog, listener: Listener) -> None:
+    recipe, saved = session.recipe, start
+    began, score = time.perf_counter(), None
+    for step in range(start + 1, recipe.num_steps + 1):
+        phase.step = step
+        record = train_step(session.trainer, step)
+        stats = session.rollouts.stats
+        metrics = record.metrics | {
+            "seconds_prefill": stats.seconds_prefill,
+            "seconds_decode": stats.seconds_decode,
+        }
+        phase("record")
+        run.append("samples", _sample_records(step, record, session))
+        run.append("metrics", [{"kind": "train", "step": step} | metrics])
+        if metrics.get("gap_mean", 0.0) > GAP_ALARM:
+            text = f"step {step}: sampler and learner disagree by {metrics['gap_mean']:.3f} nats a token on average"
+            listener(Progress(stage="notice", text=text))
+        if recipe.eval_every and step % recipe.eval_every == 0 and step < recipe.num_steps:
+            phase("evaluate")
+            score = _evaluate(
+                run, session, step, "validation", recipe.validation_problems, "evaluate", listener
+            ).accuracy
+        if step % recipe.checkpoint_every == 0 or step == recipe.num_steps:
+            _save(run, session, step, base, score, phase, listener)
+            saved, score = step, None
+        left = (time.perf_counter() - began) / (step - start) * (recipe.num_steps - step)
+        rate = metrics["tokens"] / max(metrics["seconds"], 1e-9)
+        news = metrics | {"tokens_per_second": rate}
+        try:
+            listener(Progress(stage="train", done=step, total=recipe.num_steps, metrics=news, seconds_left=left))
+        except KeyboardInterrupt:
+            if saved != step:
+                _save(run, session, step, base, None, phase, silent)
+            raise
+
+
+def _save(
+    run: RunDir, session: Session, step: int, base: str, score: float | None, phase: PhaseLog, listener: Listener
+) -> None:
+    phase("checkpoint")
+    listener(Progress(stage="checkpoint", done=step, total=session.recipe.num_steps))
+    values = {
+        "num_updates": session.learner.num_updates,
+        "base": base,
+        "watch": session.trainer.watch.state(),
+    }
+    save(run.checkpoints, step, session.learner.state(), values, score=score)
+    phase("saved")
+
+
+def _restore(session: Session, checkpoint: Checkpoint, base: str, listener: Listener) -> None:
+    if checkpoint.values["base"] != base:
+        raise RunError(
+            f"the model {session.recipe.model!r} is not the one this run began with (its weights' fingerprint was "
+            f"{checkpoint.values['base']}, is {base}): put the old one back."
+        )
+    files = {name: checkpoint.tensors(name) for name in ("masters", "adam_m", "adam_v")}
+    session.learner.restore(files, num_updates=checkpoint.values["num_updates"])
+    session.trainer.watch.restore(checkpoint.values["watch"])
+    listener(Progress(stage="notice", text=f"resumed from step {checkpoint.step}"))
+
+
+def _evaluate(
+    run: RunDir, session: Session, step: int, split: Split, number: int, stage: str, listener: Listener
+) -> Evaluation:
+    began = time.perf_counter()
+    sampling = Sampling(max_tokens=session.sampling.max_tokens, temperature=0.0, stop_ids=session.sampling.stop_ids)
+    asked = problems(session.task, split, number, seed=0)
+    result = evaluate_with(
+        session.model, session.engine, asked, sampling, session.grader.grade, seed=0, stage=stage, listener=listener
+    )
+    records = [
+        {
+            "step": step,
+            "split": split,
+            "problem": answer.problem.id,
+            "prompt": transcript(answer.problem.messages),
+            "text": answer.text,
+            "answer": answer.problem.answer,
+            "right": grade.right,
+            "known": grade.known,
+            "stop": answer.stop,
+        }
+        for answer, grade in zip(result.answers, result.grades, strict=True)
+    ]
+    run.append("evals", records)
+    numbers = {name: getattr(result, name) for name in ("accuracy", "low", "high", "n", "unknown", "ended")}
+    seconds = time.perf_counter() - began
+    run.append("metrics", [{"kind": "eval", "step": step, "split": split, **numbers, "seconds": seconds}])
+    return result
+
+
+def transcript(messages: Sequence[Message]) -> str:
+    """A conversation as a person reads it."""
+    return "\n".join(f"{message.role}: {message.content}" for message in messages)
+
+
+def _sample_records(step: int, record: StepRecord, session: Session) -> list[dict[str, Any]]:
+    advantages = {id(group): iter(samples) for group, samples in record.trained}
+    out = []
+    for group in record.groups:
+        trained = advantages.get(id(group), iter(()))
+        for number, (completion, text, grade) in enumerate(
+            zip(group.completions, group.texts, group.grades, strict=True)
+        ):
+            sample = next(trained, None) if grade.known else None
+            out.append(
+                {
+                    "step": step,
+                    "problem": group.ask.problem.id,
+                    "draw": group.ask.first_draw,
+                    "sample": number,
+                    "key": completion.key,
+                    "prompt": transcript(group.ask.problem.messages),
+                    "text": text,
+                    "token_ids": list(completion.token_ids),
+                    "stop": completion.stop,
+                    "score": grade.score,
+                    "right": grade.right,
+                    "known": grade.known,
+                    "advantage": None if sample is None else float(sample.streams["advantage"][-1]),
+                }
+            )
+    return out
+
+
+def _summary(run: RunDir, recipe: GroupRL) -> dict[str, Any] | None:
+    """Before and after, once a run has both and its model is written; else None."""
+    records = run.read("metrics")
+    held_out = {r["step"]: r for r in records if r["kind"] == "eval" and r["split"] == "held_out"}
+    if 0 not in held_out or recipe.num_steps not in held_out or not (run.folder / "model").exists():
+        return None
+    steps = [r for r in records if r["kind"] == "train"]
+    shown = ("accuracy", "low", "high", "n")
+    return {
+        "before": {name: held_out[0][name] for name in shown},
+        "after": {name: held_out[recipe.num_steps][name] for name in shown},
+        "steps": len(steps),
+        "minutes": sum(r["seconds"] for r in steps) / 60,
+    }

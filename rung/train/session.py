@@ -1,0 +1,197 @@
+"""A recipe made into the objects that run it: checked, loaded, tried, and ready for `grpo.train_step`."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from rung.core.errors import ConfigError, RungError
+from rung.core.journal import GradeJournal
+from rung.core.keys import derive_key
+from rung.core.progress import Listener, Progress
+from rung.core.records import GroupRequest, Sampling
+from rung.core.rundir import RunDir
+from rung.core.shapes import Tensor
+from rung.engine.engine import Engine
+from rung.engine.types import WeightsRef
+from rung.model.model import Model, compute_dtype, load
+from rung.tasks.base import Task, draw
+from rung.tasks.load import load_task
+from rung.tasks.sandbox import Grader, UnknownWatch
+from rung.train.config import GroupRL
+from rung.train.grpo import Trainer
+from rung.train.methods import check_method, needs_reference
+from rung.train.policy import frozen_copy
+from rung.train.rewards import JournalledGrades
+from rung.train.rollouts import LocalRollouts
+from rung.train.step import Learner
+
+NEUTRAL = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+SELF_TEST_TOKENS = 8
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Session:
+    """Everything a run holds in memory."""
+
+    recipe: GroupRL
+    model: Model
+    task: Task
+    engine: Engine
+    grader: Grader
+    learner: Learner
+    rollouts: LocalRollouts
+    trainer: Trainer
+    sampling: Sampling
+
+
+def check_recipe(recipe: GroupRL) -> None:
+    """Refuse a recipe that cannot be meant.  Raises ConfigError."""
+    for name, neutral in NEUTRAL.items():
+        if getattr(recipe, name) != neutral:
+            raise ConfigError(
+                f"{name} = {getattr(recipe, name)} is refused in RL: the learner scores the whole softmax, and samples "
+                f"filtered by {name} would be off-policy in silence. Leave it at {neutral}; temperature is allowed."
+            )
+    counts = ("num_steps", "prompts_per_step", "samples_per_prompt", "max_tokens", "updates_per_rollout")
+    for name in (*counts, "tokens_per_micro_batch", "checkpoint_every", "eval_problems", "validation_problems"):
+        if getattr(recipe, name) < 1:
+            raise ConfigError(f"{name} must be at least 1, not {getattr(recipe, name)}.")
+    if not recipe.temperature > 0:
+        raise ConfigError(
+            f"temperature must be positive in RL, not {recipe.temperature}: greedy samples teach nothing."
+        )
+    if recipe.updates_per_rollout > recipe.prompts_per_step:
+        raise ConfigError(
+            f"updates_per_rollout slices the groups of a step: it is {recipe.updates_per_rollout}, and cannot be more "
+            f"than prompts_per_step, {recipe.prompts_per_step}."
+        )
+    if recipe.optim.lr < 0 or recipe.optim.grad_clip <= 0:
+        raise ConfigError("optim.lr cannot be negative, and optim.grad_clip must be positive.")
+    check_method(
+        recipe.method,
+        samples_per_prompt=recipe.samples_per_prompt,
+        updates_per_rollout=recipe.updates_per_rollout,
+        max_tokens=recipe.max_tokens,
+    )
+
+
+def use_threads(number: int) -> None:
+    """Fix what a bit-for-bit repetition needs: the number of threads (0: all cores), and deterministic kernels."""
+    torch.set_num_threads(number or len(os.sched_getaffinity(0)))
+    torch.use_deterministic_algorithms(True)
+
+
+@contextmanager
+def open_session(recipe: GroupRL, run: RunDir, since: int, phase: "PhaseLog", listener: Listener) -> Iterator[Session]:
+    """Load the model, make masters and reference, start the grading child; all are released at the end.
+
+    since: the step that will be repeated first (its journalled grades are replayed)
+    """
+    with ExitStack() as stack:
+        task = load_task(recipe.task.name, recipe.task.options)
+        grader = stack.enter_context(Grader(recipe.task.name, recipe.task.options))
+        model = load(recipe.model, dtype="fp32", listener=listener)
+        sampling = Sampling(
+            max_tokens=recipe.max_tokens, temperature=recipe.temperature, stop_ids=model.tokenizer.eos_ids
+        )
+        parameters = dict(model.decoder.named_parameters())
+        updates = recipe.num_steps * recipe.updates_per_rollout
+        learner = Learner(parameters, recipe.optim, num_steps=updates, dtype=compute_dtype(recipe.dtype))
+        reference = frozen_copy(model.decoder) if needs_reference(recipe.method) else None
+        engine = Engine(model.decoder)
+        grade = JournalledGrades(grader, GradeJournal(run, since=since))
+        rollouts = LocalRollouts(
+            model,
+            engine,
+            sampling=sampling,
+            samples=recipe.samples_per_prompt,
+            seed=recipe.seed,
+            grade=phase.around("grade", grade),
+        )
+        trainer = Trainer(
+            recipe=recipe,
+            decoder=model.decoder,
+            reference=reference,
+            learner=learner,
+            source=rollouts,
+            problems=lambda step, refill, count: draw(task, count, seed=recipe.seed, step=step, refill=refill),
+            weights=lambda: WeightsRef(version=learner.num_updates, hash=fingerprint(learner.compute)),
+            phase=phase,
+            watch=UnknownWatch(),
+        )
+        yield Session(
+            recipe=recipe,
+            model=model,
+            task=task,
+            engine=engine,
+            grader=grader,
+            learner=learner,
+            rollouts=rollouts,
+            trainer=trainer,
+            sampling=sampling,
+        )
+
+
+class PhaseLog:
+    """What the run is doing, one word a line in `log.txt`: where a killed run stood can be read there."""
+
+    def __init__(self, run: RunDir) -> None:
+        self._file = open(run.folder / "log.txt", "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (lives with the run)
+        self.step = 0
+
+    def __call__(self, name: str) -> None:
+        self._file.write(f"{self.step} {name}\n")
+
+    def around(self, name, function):
+        """The function, announced."""
+
+        def announced(*args):
+            self(name)
+            return function(*args)
+
+        return announced
+
+
+def fingerprint(parameters: Mapping[str, Tensor]) -> str:
+    """A hash of weights: the sum of each tensor's bits, and names.  Any single changed value changes it."""
+    names: list[int | str] = []
+    for name, parameter in parameters.items():
+        bits = parameter.detach().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()])
+        names += [name, int(bits.sum(dtype=torch.int64))]
+    return f"{derive_key(*names):016x}"
+
+
+@torch.no_grad()
+def self_test(session: Session, listener: Listener) -> None:
+    """Change the weights a little and see the sampler change, then put them back.
+
+    Guards against the commonest silent failure of all: rollouts that come from other weights than those that learn.
+    Raises RungError where the sampler did not notice.
+    """
+    listener(Progress(stage="self_test", total=1))
+    problem = draw(session.task, 1, seed=session.recipe.seed, step=0)[0]
+    request = GroupRequest(
+        prompt_ids=session.model.prompt_ids(problem.messages),
+        keys=(derive_key(session.recipe.seed, "self_test"),),
+        sampling=Sampling(max_tokens=SELF_TEST_TOKENS, temperature=session.recipe.temperature),
+    )
+
+    def logps() -> tuple[tuple[int, ...], tuple[float, ...]]:
+        completion = session.engine.run([request])[0][0][0]
+        return completion.token_ids, completion.logp_sampled
+
+    weight = next(p for name, p in session.learner.compute.items() if name.endswith("qkv.weight"))
+    kept, before = weight.detach().clone(), logps()
+    weight.mul_(1.05)
+    changed = logps()
+    weight.copy_(kept)
+    after = logps()
+    if changed == before or after != before:
+        raise RungError(
+            "self-test failed: the sampler does not follow the learner's weights"
+            + (" (a changed weight left its log-probabilities as they were)." if changed == before else " back.")
+        )
+    listener(Progress(stage="self_test", done=1, total=1))
