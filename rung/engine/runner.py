@@ -1,0 +1,110 @@
+"""The tensors of one engine: builds layouts, runs the decoder, draws tokens.
+
+Shapes are rounded up to buckets, so that kernels are prepared once and a row's arithmetic seldom depends on how many
+rows are around it.  Filler rows are computed and ignored.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+
+import torch
+
+from rung.core.records import FILLER, ROOT, Layout
+from rung.core.shapes import Float, Int, Tensor
+from rung.engine.sampling import Laws, draw
+from rung.engine.scheduler import Copy
+from rung.lm.protocols import Decoder, State
+
+ROW_BUCKETS = (1, 8, 16, 32, 64, 128)  # rows of one decoding step; beyond the last, its multiples
+TOKEN_BUCKET = 64  # prompt tokens of one forward, and rows of a slot, are multiples of this
+
+Drawn = tuple[int, float, float, float]  # token, logp_sampled, logp_raw, gap
+
+
+class Runner:
+    """Owns the state.  Reads the decoder's parameters in place: updating them changes the next draw."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self.device = decoder.head_weight().device
+        self.state: State | None = None
+
+    @torch.inference_mode()
+    def reserve(self, slots: int, rows: int) -> None:
+        """Have an empty state of at least so many slots of so many rows; allocates only where the last is too small."""
+        old = self.state
+        if old is None or slots > old.slots or rows > old.capacity:
+            size = (slots, rows) if old is None else (max(slots, old.slots), max(rows, old.capacity))
+            old = self.state = None  # its memory goes first
+            self.state = self.decoder.new_state(size[0], round_up(size[1], TOKEN_BUCKET))
+        self._state.free(torch.arange(self._state.slots))
+
+    @torch.inference_mode()
+    def copy(self, copies: Sequence[Copy]) -> None:
+        for copy in copies:
+            self._state.fork(copy.source, copy.targets)
+
+    @torch.inference_mode()
+    def prefill(self, prompts: Mapping[int, Sequence[int]], samples: Sequence[int], laws: Laws) -> list[Drawn]:
+        """Compute prompts (slot -> token ids) in one forward, and draw the first tokens, samples[i] of the i-th prompt.
+
+        Only a prompt's last row goes to the head, however many samples are drawn from it.
+        """
+        lengths, slots = [len(ids) for ids in prompts.values()], torch.tensor(list(prompts))
+        filler = -sum(lengths) % TOKEN_BUCKET
+        layout = Layout.concat([Layout.chains(lengths, slots=list(prompts)), _fillers(filler)])
+        tokens = [token for ids in prompts.values() for token in ids] + [0] * filler
+        self._state.free(slots)
+        hidden_TD = self.decoder.forward(torch.tensor(tokens, device=self.device), layout, self._state)
+        path_SN = torch.arange(max(lengths)).expand(len(lengths), -1)
+        self._state.commit(slots, path_SN, torch.tensor(lengths))
+        last_S = torch.tensor(lengths).cumsum(0) - 1
+        padded = torch.cat((last_S, last_S[:1].expand(row_bucket(len(last_S)) - len(last_S))))
+        logits_SV = self.decoder.head(hidden_TD[padded.to(self.device)])
+        of_N = torch.arange(len(lengths)).repeat_interleave(torch.tensor(samples))
+        return self._draw(logits_SV[of_N.to(self.device)], torch.tensor(lengths)[of_N], laws)
+
+    @torch.inference_mode()
+    def decode(self, tokens: Sequence[int], positions: Sequence[int], laws: Laws) -> list[Drawn]:
+        """Feed one token to each of the slots 0 .. R - 1, at these positions; draw each slot's next token."""
+        rows = len(tokens)
+        fillers = [0] * (row_bucket(rows) - rows)
+        slot_R, root_R, first_R1, one_R = _step(rows)
+        position_R = torch.tensor([*positions, *fillers])
+        token_R = torch.tensor([*tokens, *fillers], device=self.device)
+        hidden_RD = self.decoder.forward(token_R, Layout(root_R, slot_R, position_R), self._state)
+        self._state.commit(slot_R[:rows], first_R1, one_R)
+        return self._draw(self.decoder.head(hidden_RD)[:rows], position_R[:rows] + 1, laws)
+
+    def _draw(self, logits_NV: Float[Tensor, "N V"], position_N: Int[Tensor, "N"], laws: Laws) -> list[Drawn]:
+        draws = draw(logits_NV, position_N.to(self.device), laws)
+        columns = (draws.token_N, draws.logp_sampled_N, draws.logp_raw_N, draws.gap_N)
+        host = torch.stack([column.double() for column in columns]).tolist()  # one transfer; ids are exact in fp64
+        return [(int(token), sampled, raw, gap) for token, sampled, raw, gap in zip(*host, strict=True)]
+
+    @property
+    def _state(self) -> State:
+        assert self.state is not None, "reserve() comes first"
+        return self.state
+
+
+def row_bucket(rows: int) -> int:
+    """The number of rows a step of `rows` is computed with."""
+    return next((bucket for bucket in ROW_BUCKETS if bucket >= rows), round_up(rows, ROW_BUCKETS[-1]))
+
+
+def round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+@cache
+def _step(rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What every step of so many rows shares: slots and parents (with filler), paths and counts of the commit."""
+    bucket = row_bucket(rows)
+    slot_R = torch.arange(bucket)
+    slot_R[rows:] = FILLER
+    return slot_R, torch.full((bucket,), ROOT), torch.zeros(rows, 1, dtype=torch.long), torch.ones(rows).long()
+
+
+def _fillers(count: int) -> Layout:
+    return Layout(torch.full((count,), ROOT), torch.full((count,), FILLER), torch.zeros(count, dtype=torch.long))
