@@ -62,13 +62,11 @@ class Option:
         return {int: "INT", float: "FLOAT", str: "TEXT", bool: ""}[self.kind]
 
 
-def options_of(
-    cls: type, default: Any = None, *, path: Path = (), more: Mapping[Path, Mapping[str, Any]] | None = None
-):
+def options_of(cls: type, default: Any = None, *, path: Path = (), more: Sequence[Option] = ()) -> list[Option]:
     """Every option of a dataclass, depth first.
 
     default: an instance whose values become the defaults; else the class's own
-    more:    for the mapping at a path, keys that may be set although the default lacks them, with their values
+    more:    options for keys of mappings, which may be set although the mapping lacks them
     """
     found: list[Option] = []
     hints, words = get_type_hints(cls), _field_help(cls)
@@ -78,11 +76,9 @@ def options_of(
         if is_dataclass(value):
             found += options_of(type(value), value, path=here, more=more)
         elif isinstance(value, Mapping):
-            known = {**(more or {}).get(here, {}), **value}
-            found += [
-                Option(path=(*here, key), kind=type(setting), default=setting, help=words.get(item.name, ""))
-                for key, setting in known.items()
-            ]
+            inside = [option for option in more if option.path[:-1] == here]
+            inside += [Option(path=(*here, key), kind=type(setting), default=setting) for key, setting in value.items()]
+            found += {option.path: option for option in inside}.values()
         else:
             required = value is MISSING
             text = words.get(item.name, "")
@@ -135,7 +131,12 @@ def read(cls: type[Value], args: Sequence[str], *, command: str) -> Value:
     return cls(**{path[-1]: value for path, value in parse(args, options_of(cls), command=command).items()})
 
 
-def changed(default: Value, values: Mapping[Path, Any]) -> Value:
+def help_of(cls: type, command: str) -> str:
+    """The help text of a flat dataclass."""
+    return help_text(command, summary_of(cls), {"options": options_of(cls)})
+
+
+def changed(default: Any, values: Mapping[Path, Any]) -> Any:
     """`default` with the values at these paths replaced, through nested dataclasses and mappings."""
     new: dict[str, Any] = {}
     for name in dict.fromkeys(path[0] for path in values):

@@ -16,6 +16,7 @@ from rung.core.rundir import open_run
 Row = Mapping[str, Any]
 
 Z_95 = 1.959963984540054  # 97.5 % point of the normal distribution
+RUNS = "runs"  # where runs are kept, under the current folder
 TAIL_BYTES = 4 << 20  # of samples.jsonl: its newest part is enough
 
 
@@ -85,7 +86,8 @@ class Record:
 
     def points(self, name: str) -> list[tuple[float, float]]:
         """(step, value) of a training metric, where it is there and finite."""
-        return [(row["step"], row[name]) for row in self.train if "step" in row and _finite(row.get(name))]
+        values = [(row["step"], _number(row.get(name))) for row in self.train]
+        return [(step, value) for step, value in values if value is not None]
 
     def total(self, name: str) -> float:
         """Sum of a training metric over the steps."""
@@ -98,7 +100,7 @@ def read_run(folder: str | Path) -> Record:
     notes: list[str] = []
     metrics = _lines(folder / "metrics.jsonl", notes)
     held_out = [row for row in metrics if row.get("kind") == "eval" and row.get("split", "held_out") == "held_out"]
-    steps = {row["step"]: row for row in metrics if row.get("kind") == "train" and "step" in row}
+    steps = {row["step"]: row for row in metrics if row.get("kind") == "train" and _number(row.get("step")) is not None}
     return Record(
         folder=folder,
         config=_object(folder / "config.json", notes),
@@ -109,6 +111,12 @@ def read_run(folder: str | Path) -> Record:
         group=_newest_group(_lines(folder / "samples.jsonl", notes, tail=TAIL_BYTES)),
         notes=notes,
     )
+
+
+def find_run(name: str) -> Path:
+    """The folder of a run given by path, or by its name under RUNS."""
+    path = Path(name)
+    return path if path.exists() or not (Path(RUNS) / name).exists() else Path(RUNS) / name
 
 
 def wilson(right: int, n: int, z: float = Z_95) -> tuple[float, float]:
@@ -135,8 +143,9 @@ def flat(value: Any, prefix: str = "") -> Iterable[tuple[str, str]]:
         yield prefix, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+def _number(value: Any) -> float | None:
+    """A finite number, or None."""
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def _object(path: Path, notes: list[str]) -> Row:
@@ -177,17 +186,17 @@ def _lines(path: Path, notes: list[str], *, tail: int = 0) -> list[Row]:
 def _accuracies(rows: Iterable[Row]) -> Iterable[Accuracy]:
     """Evaluations that have a value; an interval that was not recorded is computed."""
     for row in rows:
-        value, n = row.get("accuracy"), int(row.get("n") or 0)
-        if not _finite(value) or not _finite(row.get("step")):
+        value, low, high = (_number(row.get(name)) for name in ("accuracy", "low", "high"))
+        step, n = _number(row.get("step")), int(_number(row.get("n")) or 0)
+        if value is None or step is None:
             continue
-        low, high = row.get("low"), row.get("high")
-        if not (_finite(low) and _finite(high)):
+        if low is None or high is None:
             low, high = wilson(round(value * n), n) if n else (0.0, 1.0)
-        yield Accuracy(int(row["step"]), value, low, high, n)
+        yield Accuracy(int(step), value, low, high, n)
 
 
 def _pairs(rows: Sequence[Row]) -> list[Pair]:
-    steps = sorted({row["step"] for row in rows if _finite(row.get("step"))})
+    steps = sorted({row["step"] for row in rows if _number(row.get("step")) is not None})
     if len(steps) < 2:
         return []
     first, last = (

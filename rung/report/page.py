@@ -96,6 +96,16 @@ def render(record: Record) -> str:
     return template.render(_view(record))
 
 
+def headline(record: Record) -> str:
+    """What came out of a run, in one line."""
+    if not record.accuracies:
+        return f"{record.name}: {_state(record)}; held-out accuracy has not been measured"
+    first, last = record.accuracies[0], record.accuracies[-1]
+    before = f"{first.value:.1%} → " if last.step > first.step else ""
+    interval = f"95 % interval {last.low:.1%} to {last.high:.1%}, {last.n} problems"
+    return f"{record.name}: {_state(record)}; held-out accuracy {before}{last.value:.1%} ({interval})"
+
+
 def _finalize(value: Any) -> Any:
     from markupsafe import Markup
 
@@ -202,8 +212,10 @@ def _charts(record: Record) -> tuple[list[dict[str, Any]], list[str]]:
         caption = (
             f"On {held_out[-1].n} problems that are never trained on. Band and whiskers: 95 % Wilson score interval."
         )
-        svg = Markup(chart([curve], share=True))
-        drawn.append({"title": "Held-out accuracy", "svg": svg, "caption": caption, "legend": [("line", "accuracy")]})
+        drawing = Markup(chart([curve], share=True))
+        drawn.append(
+            {"title": "Held-out accuracy", "svg": drawing, "caption": caption, "legend": [("line", "accuracy")]}
+        )
     for title, caption, metrics, axis in CHARTS:
         curves = [Curve(name=name, points=record.points(metric), **style) for metric, (name, style) in metrics.items()]
         svg = chart(curves, **axis)

@@ -39,19 +39,7 @@ def load_task(name: str, options: Mapping[str, Any]) -> Task:
 
     Raises TaskError for a name that leads nowhere, a file that raises, an unknown option, or an empty set of problems.
     """
-    place, _, attribute = BUILT_IN.get(name, name).rpartition(":")
-    if not place or not attribute:
-        raise TaskError(
-            f"no task is called {name!r}. {nearest(name, BUILT_IN)} Your own is named `file.py:name` or `module:name`"
-        )
-    is_file = place.endswith(".py")
-    module = _run(name, place, lambda: _load_file(Path(place)) if is_file else importlib.import_module(place))
-    found = vars(module).get(attribute)
-    if found is None:
-        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise TaskError(f"{place} has no {attribute!r}. {nearest(attribute, known) if known else 'It is empty.'}")
-    if not callable(found):
-        raise TaskError(f"{name} must be a Task class or a function, and is {type(found).__name__}")
+    found, module, place = _find(name)
     _check_options(name, found, options)
     if name in BUILT_IN:
         task = _decoded(name, found, options)
@@ -64,6 +52,12 @@ def load_task(name: str, options: Mapping[str, Any]) -> Task:
     if _run(name, place, lambda: len(task)) == 0:
         raise TaskError(f"the task {name} has no problems: it needs a few dozen, to learn from and to hold out")
     return task
+
+
+def task_parameters(name: str) -> list[inspect.Parameter]:
+    """What a task can be made with, as Python writes it.  Raises TaskError for a name that leads nowhere."""
+    found, _, _ = _find(name)
+    return list(inspect.signature(found).parameters.values())[2 * _is_reward(found) :]
 
 
 def absolute(name: str) -> str:
@@ -99,6 +93,24 @@ def _grade(reward: Any) -> Grade:
     if not math.isfinite(score):
         raise TaskError(f"a reward must be a finite number, and is {score}")
     return Grade(score=score, right=score == 1.0)
+
+
+def _find(name: str) -> tuple[Callable[..., Any], ModuleType, str]:
+    """What a name stands for, its module, and where that lies."""
+    place, _, attribute = BUILT_IN.get(name, name).rpartition(":")
+    if not place or not attribute:
+        raise TaskError(
+            f"no task is called {name!r}. {nearest(name, BUILT_IN)} Your own is named `file.py:name` or `module:name`"
+        )
+    is_file = place.endswith(".py")
+    module = _run(name, place, lambda: _load_file(Path(place)) if is_file else importlib.import_module(place))
+    found = vars(module).get(attribute)
+    if found is None:
+        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise TaskError(f"{place} has no {attribute!r}. {nearest(attribute, known) if known else 'It is empty.'}")
+    if not callable(found):
+        raise TaskError(f"{name} must be a Task class or a function, and is {type(found).__name__}")
+    return found, module, place
 
 
 def _decoded(name: str, cls: Any, options: Mapping[str, Any]) -> Task:

@@ -1,0 +1,63 @@
+"""`rung chat MODEL`"""
+
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+from rung.cli import options
+from rung.cli.display import Display
+from rung.core.words import Message
+from rung.report.visible import visible
+
+COMMAND = "rung chat"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chat:
+    """Talk with a model: one line is one turn, an empty line or Ctrl-D ends.
+
+    model: a name (`rung models`), a Hugging Face folder or a .gguf file
+    system: what the model is told before the first turn
+    max_tokens: most tokens of an answer
+    temperature: 0 always takes the likeliest token
+    seed: equal seeds and equal turns give equal answers
+    dtype: auto is bf16 where the machine multiplies it fast, else fp32
+    """
+
+    model: str
+    system: str = ""
+    max_tokens: int = 512
+    temperature: float = 0.7
+    seed: int = 0
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+
+
+def help(args: list[str]) -> str:
+    return options.help_of(Chat, COMMAND)
+
+
+def run(args: list[str]) -> None:
+    asked = options.read(Chat, args, command=COMMAND)
+    import rung
+
+    with Display() as display:
+        model = rung.load(asked.model, dtype=asked.dtype, listener=display)
+    messages = [Message("system", asked.system)] if asked.system else []
+    while said := _line():
+        messages.append(Message("user", said))
+        (generation,) = rung.generate(
+            model,
+            [messages],
+            max_tokens=asked.max_tokens,
+            temperature=asked.temperature,
+            seed=asked.seed + len(messages),
+        )
+        messages.append(Message("assistant", generation.text))
+        print(visible(generation.text) if sys.stdout.isatty() else generation.text, flush=True)
+
+
+def _line() -> str:
+    """The next turn; the sign that asks for it is no answer, so it goes to stderr."""
+    if sys.stdin.isatty():
+        print("> ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().rstrip("\n")

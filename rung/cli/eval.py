@@ -1,0 +1,83 @@
+"""`rung eval MODEL TASK`"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rung.cli import options
+from rung.cli.display import Display
+from rung.cli.options import Option
+from rung.core.errors import ConfigError
+from rung.tasks.load import task_parameters
+from rung.train.config import TaskSpec
+
+COMMAND = "rung eval"
+TASK_OPTIONS = ("task", "options")
+WORD_KINDS = (int, float, str, bool)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval:
+    """Measure the share of a task's problems that a model solves, with its 95 % Wilson interval.
+
+    model: a name (`rung models`), a Hugging Face folder or a .gguf file
+    task: a built-in name, module:name or file.py:name
+    problems: how many are asked
+    split: train, validation or held_out
+    max_tokens: most tokens of an answer
+    temperature: 0 always takes the likeliest token
+    seed: chooses the problems
+    dtype: auto is bf16 where the machine multiplies it fast, else fp32
+    """
+
+    model: str
+    task: str
+    problems: int = 500
+    split: Literal["train", "validation", "held_out"] = "held_out"
+    max_tokens: int = 16
+    temperature: float = 0.0
+    seed: int = 0
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+
+
+def help(args: list[str]) -> str:
+    """With a model and a task as first words, the task's options too."""
+    general = {"options": options.options_of(Eval)}
+    if len(args) < 2 or args[1].startswith("-"):
+        more = f"`{COMMAND} MODEL TASK --help` lists the task's own options too."
+        return options.help_text(COMMAND, f"{options.summary_of(Eval)} {more}", general)
+    return options.help_text(COMMAND, options.summary_of(Eval), {**general, f"task {args[1]}": task_options(args[1])})
+
+
+def run(args: list[str]) -> None:
+    if len(args) < 2 or args[0].startswith("--") or args[1].startswith("--"):
+        raise ConfigError(f"{COMMAND} needs MODEL and TASK as its first words. See `{COMMAND} --help`.")
+    values = options.parse(args, [*options.options_of(Eval), *task_options(args[1])], command=COMMAND)
+    asked = Eval(**{path[0]: value for path, value in values.items() if len(path) == 1})
+    task = TaskSpec(name=asked.task, options={path[2]: value for path, value in values.items() if len(path) == 3})
+    import rung
+
+    with Display() as display:
+        model = rung.load(asked.model, dtype=asked.dtype, listener=display)
+        found = rung.evaluate(
+            model,
+            task,
+            problems=asked.problems,
+            split=asked.split,
+            max_tokens=asked.max_tokens,
+            temperature=asked.temperature,
+            seed=asked.seed,
+            listener=display,
+        )
+    print(f"accuracy {found.accuracy:.1%}  (95 % interval {found.low:.1%} to {found.high:.1%}, {found.n} problems)")
+
+
+def task_options(name: str) -> list[Option]:
+    """The options of a task, spelt as in `rung train`; those that no word can stand for are left out."""
+    found = []
+    for parameter in task_parameters(name):
+        has_default = parameter.default is not parameter.empty
+        kind = type(parameter.default) if has_default else parameter.annotation
+        if kind in WORD_KINDS:
+            default = parameter.default if has_default else None
+            found.append(Option(path=(*TASK_OPTIONS, parameter.name), kind=kind, default=default))
+    return found

@@ -1,0 +1,199 @@
+"""`rung train RECIPE`"""
+
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from rung.cli import jobs, options
+from rung.cli.eval import task_options
+from rung.cli.options import Option
+from rung.core import config
+from rung.core.errors import ConfigError, nearest
+from rung.core.rundir import open_run
+from rung.report.load import RUNS, read_run
+from rung.train.config import METHODS, GroupRL
+
+COMMAND = "rung train"
+METHOD, TASK_NAME = ("method",), ("task", "name")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Teach a model a task by reinforcement learning: measure it, train it, measure it again, write a report.
+
+    recipe: a built-in name, file.py:function, module:function, or a .toml or .json file that --print-config wrote
+    folder: where the run is kept (without it: runs/NAME)
+    or_resume: when the folder holds this very run already, go on with it; when it is finished, only tell its result
+    print_config: print the whole configuration, which given as RECIPE repeats the run, and stop
+    dry_run: print how much memory and time it would take, and stop
+    tensorboard: mirror the metrics to FOLDER/tensorboard
+    """
+
+    recipe: str
+    folder: str = ""
+    or_resume: bool = False
+    print_config: bool = False
+    dry_run: bool = False
+    tensorboard: bool = False
+
+
+def help(args: list[str]) -> str:
+    """Without a recipe the general options, with one its own too, each with the recipe's value."""
+    general = {"options": options.options_of(Train)}
+    if not args or args[0].startswith("-"):
+        known = ", ".join(recipes())
+        more = f"Built-in recipes: {known}. `{COMMAND} RECIPE --help` lists what can be changed in a recipe."
+        return options.help_text(COMMAND, f"{options.summary_of(Train)} {more}", general)
+    recipe = load_recipe(args[0])
+    groups = {**general, **_groups(recipe_options(recipe))}
+    return options.help_text(COMMAND, options.summary_of(Train), groups)
+
+
+def run(args: list[str]) -> None:
+    asked, recipe = read(args)
+    folder = Path(asked.folder or Path(RUNS) / recipe.name)
+    if asked.print_config:
+        print(config.dumps_json(recipe), end="")
+        return
+    import rung
+
+    if asked.dry_run:
+        print("\n".join(rung.estimate(recipe).lines))
+    elif asked.or_resume and (folder / "VERSION").exists():
+        _refuse_another_run(folder, recipe)
+        if read_run(folder).finished:
+            jobs.tell(folder)
+        else:
+            jobs.follow(folder, lambda listener: rung.resume(folder, listener=listener), tensorboard=asked.tensorboard)
+    else:
+        job = lambda listener: rung.train(recipe, folder=folder, listener=listener)  # noqa: E731
+        jobs.follow(folder, job, tensorboard=asked.tensorboard)
+
+
+def read(args: Sequence[str]) -> tuple[Train, GroupRL]:
+    """What was asked, and the recipe with every change that was typed.  Raises ConfigError."""
+    if not args or args[0].startswith("-"):
+        raise ConfigError(f"{COMMAND} needs a recipe as its first word. Known: {', '.join(recipes())}.")
+    command = f"{COMMAND} {args[0]}"
+    recipe = _with_task(load_recipe(args[0]), args)
+    general = options.options_of(Train)
+    values = options.parse(args, [*general, *recipe_options(recipe)], command=command)
+    own = {option.path for option in general}
+    asked = Train(**{path[0]: value for path, value in values.items() if path in own})
+    if METHOD in values:
+        recipe = replace(recipe, method=METHODS[values[METHOD]])
+    changes = {path: value for path, value in values.items() if path not in own and path != METHOD}
+    return asked, options.changed(recipe, changes)
+
+
+def recipes() -> Mapping[str, Callable[[], GroupRL]]:
+    """The built-in recipes by name."""
+    import rung.recipes
+
+    return _functions(rung.recipes)
+
+
+def load_recipe(word: str) -> GroupRL:
+    """The recipe that a word means.  Raises ConfigError."""
+    if word.endswith((".json", ".toml")):
+        return config.load(word, GroupRL)
+    if ":" not in word:
+        known = recipes()
+        if word not in known:
+            raise ConfigError(
+                f"there is no recipe {word!r}. {nearest(word, known)} "
+                f"A recipe of your own is written file.py:function, or a .toml or .json file."
+            )
+        return known[word]()
+    place, _, name = word.rpartition(":")
+    functions = _functions(_module(place))
+    if name not in functions:
+        hint = nearest(name, functions) if functions else "It has no function that takes no argument."
+        raise ConfigError(f"{place} has no recipe {name!r}. {hint}")
+    try:
+        recipe = functions[name]()
+    except Exception as error:
+        raise ConfigError(f"the recipe {word} raised {type(error).__name__}: {error}") from error
+    if not isinstance(recipe, GroupRL):
+        raise ConfigError(f"the recipe {word} must return a GroupRL (rung.train.config), and returned {type(recipe)}.")
+    return recipe
+
+
+def recipe_options(recipe: GroupRL) -> list[Option]:
+    """Everything that can be changed in a recipe."""
+    found = options.options_of(GroupRL, recipe, more=task_options(recipe.task.name))
+    presets = tuple(METHODS)
+    said = f"all cells of a method at once: {', '.join(presets)}"
+    at = next(index for index, option in enumerate(found) if option.path[:1] == METHOD)
+    return [*found[:at], Option(path=METHOD, kind=str, choices=presets, help=said), *found[at:]]
+
+
+def _groups(found: Sequence[Option]) -> dict[str, list[Option]]:
+    """Options under the heading of the part of a run that they belong to."""
+    groups: dict[str, list[Option]] = {"the run": []}
+    for option in found:
+        part = option.path[0] if len(option.path) > 1 or option.path == METHOD else "the run"
+        groups.setdefault(part, []).append(option)
+    return groups
+
+
+def _with_task(recipe: GroupRL, args: Sequence[str]) -> GroupRL:
+    """The recipe with the task that `--task.name` names: another task has other options, so none are kept."""
+    flag = Option(path=TASK_NAME, kind=str).flag
+    for word, after in zip(args, [*args[1:], ""], strict=True):
+        name = after if word == flag else word.partition("=")[2] if word.startswith(flag + "=") else ""
+        if name and name != recipe.task.name:
+            recipe = replace(recipe, task=replace(recipe.task, name=name, options={}))
+    return recipe
+
+
+def _refuse_another_run(folder: Path, recipe: GroupRL) -> None:
+    """Raises ConfigError when the folder holds a run that differs from the recipe."""
+    differences = config.diff(open_run(folder).config(GroupRL), recipe)
+    if differences:
+        said = ", ".join(f"{name} {there!r} there and {here!r} here" for name, (there, here) in differences.items())
+        raise ConfigError(
+            f"{folder} holds another run: {said}. Give this one another --name, or go on with that one: "
+            f"rung resume {folder}"
+        )
+
+
+def _module(place: str) -> ModuleType:
+    """A module by name, or by the path of its file.  Raises ConfigError, with what its code raised."""
+    try:
+        if not place.endswith(".py"):
+            return import_module(place)
+        if not Path(place).is_file():
+            raise ConfigError(f"there is no recipe file {place}.")
+        spec = spec_from_file_location(f"rung_recipe_{Path(place).stem}", place)
+        assert spec is not None
+        assert spec.loader is not None
+        module = module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look their module up
+        spec.loader.exec_module(module)
+        return module
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"the recipes of {place} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _functions(module: ModuleType) -> dict[str, Callable[..., Any]]:
+    """The module's own public functions that can be called without arguments."""
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if inspect.isfunction(value)
+        and not name.startswith("_")
+        and value.__module__.startswith(module.__name__)
+        and all(
+            p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+            for p in inspect.signature(value).parameters.values()
+        )
+    }
