@@ -111,7 +111,7 @@ class TextStream:
 
 
 def stop_matcher(tokenizer: Tokenizer, stops: Sequence[str]) -> Callable[[], Callable[[int], bool]]:
-    """For `GroupRequest.matcher`: per sample, a function of each new token that says whether a stop string is complete."""
+    """For `GroupRequest.matcher`: per sample, a function of each new token: is a stop string complete?"""
     longest = max(map(len, stops))
 
     def new() -> Callable[[int], bool]:

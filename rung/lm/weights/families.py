@@ -5,23 +5,20 @@ which both understand, is written.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields
-from typing import Any
+from typing import Any, cast
 
 from rung.core.errors import ConfigError, ModelError, nearest
 from rung.lm.config import AttentionSpec, BlockSpec, DecoderConfig, MLPSpec, RopeSpec
 
 Raw = Mapping[str, Any]
 THETA = 10_000.0  # transformers' default
-SCALINGS = {"default": "none", "linear": "linear", "dynamic": "dynamic"} | {
-    name: name for name in ("llama3", "yarn", "longrope")
+FIELDS: Mapping[str, tuple[str, ...]] = {  # of a RoPE scaling, with the same name here and there
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor", "beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim"),
+    "longrope": ("factor", "attention_factor", "short_factor", "long_factor"),
 }
-SAME = ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "truncate", "attention_factor") + (
-    "mscale",
-    "mscale_all_dim",
-    "short_factor",
-    "long_factor",
-)  # fields of a RoPE scaling that have the same name here and there
 
 
 def from_hugging_face(raw: Raw, *, where: str) -> DecoderConfig:
@@ -45,9 +42,10 @@ def to_hugging_face(config: DecoderConfig) -> dict[str, Any]:
     mixer, channel, rope = block.mixer, block.channel, block.mixer.rope
     if any(other != block for other in config.blocks) or mixer.bias != mixer.out_bias:
         raise ModelError("A Llama's blocks are equal, with all attention biases or none; this decoder is another kind.")
-    scaling: dict[str, Any] = {"rope_type": rope.scaling, "original_max_position_embeddings": rope.original_positions}
-    plain = RopeSpec()
-    scaling |= {name: getattr(rope, name) for name in SAME if getattr(rope, name) != getattr(plain, name)}
+    scaling = None
+    if rope.scaling != "none":
+        kept = {name: getattr(rope, name) for name in FIELDS[rope.scaling] if getattr(rope, name) is not None}
+        scaling = {"rope_type": rope.scaling, "original_max_position_embeddings": rope.original_positions, **kept}
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -61,7 +59,7 @@ def to_hugging_face(config: DecoderConfig) -> dict[str, Any]:
         "hidden_act": channel.activation,
         "rms_norm_eps": config.norm_eps,
         "rope_theta": rope.theta,
-        "rope_scaling": None if rope.scaling == "none" else scaling,
+        "rope_scaling": scaling,
         "max_position_embeddings": config.max_positions,
         "attention_bias": mixer.bias,
         "mlp_bias": channel.bias,
@@ -105,23 +103,20 @@ def _rope(raw: Raw) -> RopeSpec:
     given = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     theta = float(given.get("rope_theta") or raw.get("rope_theta") or THETA)
     kind = given.get("rope_type") or given.get("type") or "default"
-    if kind not in SCALINGS:
-        raise ConfigError(f"unknown RoPE scaling {kind!r}. {nearest(kind, SCALINGS)}")
     _only(given, partial_rotary_factor=1.0)
+    if kind == "default":
+        return RopeSpec(theta=theta)
+    if kind not in FIELDS:
+        raise ConfigError(f"unknown RoPE scaling {kind!r}. {nearest(kind, ['default', *FIELDS])}")
     longest = raw.get("max_position_embeddings", 2048)
     original = raw.get("original_max_position_embeddings") or given.get("original_max_position_embeddings") or longest
     if kind == "dynamic":
         original = longest  # transformers scales from this one  [modeling_rope_utils]
-    if kind == "default":
-        return RopeSpec(theta=theta)
-    kept = {name: given[name] for name in SAME if given.get(name) is not None}
-    kept = {name: tuple(value) if isinstance(value, list) else value for name, value in kept.items()}
-    if kind in ("yarn", "longrope"):
-        kept.setdefault("factor", longest / original)
-    kept = {
-        f.name: float(kept[f.name]) if f.type is float else kept[f.name] for f in fields(RopeSpec) if f.name in kept
-    }
-    return RopeSpec(theta=theta, scaling=SCALINGS[kind], original_positions=original, **kept)
+    kept = {name: given[name] for name in FIELDS[kind] if given.get(name) is not None}
+    kept = {name: tuple(map(float, v)) if isinstance(v, list) else v for name, v in kept.items()}
+    kept = {name: float(v) if type(v) is int else v for name, v in kept.items()}
+    kept.setdefault("factor", longest / original)
+    return RopeSpec(theta=theta, scaling=cast(Any, kind), original_positions=original, **kept)
 
 
 def _only(raw: Raw, **values: Any) -> None:

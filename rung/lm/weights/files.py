@@ -58,8 +58,8 @@ def write_shard(path: Path, shard: Shard, tensor: Callable[[Entry], Tensor]) -> 
         file.write(len(text).to_bytes(8, "little") + text)
         for entry in shard.entries:
             value = tensor(entry)
-            assert value.dtype == DTYPES[entry.dtype] and tuple(value.shape) == entry.shape, (entry, value.dtype)
-            file.write(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            assert (value.dtype, tuple(value.shape)) == (DTYPES[entry.dtype], entry.shape), entry
+            file.write(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def read_shards(folder: Path) -> tuple[Shard, ...]:

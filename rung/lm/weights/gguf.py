@@ -134,11 +134,17 @@ PRE_TOKENIZERS: Mapping[str, Callable[[], list]] = {"smollm": _smollm, "gpt-2": 
 
 
 def _companions(facts: Mapping[str, Any], where: str) -> dict[str, str]:
+    try:
+        made = tokenizer(facts, where=where)
+    except ModelError:
+        raise
+    except Exception as error:  # missing lists are KeyErrors, and the tokenizer library raises bare Exceptions
+        raise ModelError(f"{where}: the vocabulary cannot be used ({error}).") from error
     words = facts["tokenizer.ggml.tokens"]
     special = {name: words[i] for name in SPECIAL_IDS for i in _ids(facts, name).values()}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     files = {
-        "tokenizer.json": tokenizer(facts, where=where).to_str(pretty=True),
+        "tokenizer.json": made.to_str(pretty=True),
         "tokenizer_config.json": _json(settings | special | {"model_max_length": facts["llama.context_length"]}),
         "generation_config.json": _json(_ids(facts, "bos_token", "eos_token", "pad_token")),
     }

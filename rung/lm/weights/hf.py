@@ -111,11 +111,10 @@ def save_folder(path: Path, folder: Folder, config: DecoderConfig, weights: Mapp
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     source = {part.name: (rule, weights[rule.ours]) for rule in rules(config, HUGGING_FACE) for part in rule.parts}
-    if config.tied:
-        source["lm_head.weight"] = (
-            Rule("embedding.weight", (Part("lm_head.weight", (0,)),)),
-            weights["embedding.weight"],
-        )
+    if config.tied:  # some folders write the head all the same
+        embedding = weights["embedding.weight"]
+        rule = Rule("embedding.weight", (Part("lm_head.weight", tuple(embedding.shape)),))
+        source["lm_head.weight"] = (rule, embedding)
 
     def tensor(entry: Entry) -> Tensor:
         rule, ours = source[entry.name]
@@ -137,7 +136,7 @@ def save_folder(path: Path, folder: Folder, config: DecoderConfig, weights: Mapp
 def _fill(decoder: Decoder, table: tuple[Rule, ...], shards: tuple[Shard, ...], path: Path, listener: Listener) -> None:
     """Copy every tensor into its rows of our parameters, one at a time."""
     parameters = dict(decoder.named_parameters())
-    place = {}
+    place: dict[str, Tensor] = {}
     for rule in table:
         pieces = torch.split(parameters[rule.ours].data, [part.shape[0] for part in rule.parts])
         place |= {part.name: piece for part, piece in zip(rule.parts, pieces, strict=True)}
