@@ -145,7 +145,7 @@ class _Sample:
         if not math.isfinite(logp_raw):
             raise NonFiniteError(
                 f"logits must be finite; a NaN or an infinity came at position {self.position} of request "
-                f"{self.request}, sample {self.sample} (weights of version {self.weights.version}). Check the weights for NaN."
+                f"{self.request}, sample {self.sample}, weights of version {self.weights.version}. Look for NaN there."
             )
         self.position += 1
         self.tokens.append(token)
