@@ -103,7 +103,7 @@ def gather(trainer: Trainer, step: int, weights: WeightsRef) -> tuple[list[Group
         new = trainer.source.poll()
         groups += new
         for group in new:
-            known = trainer.watch.keep(group.grades) or (recipe.samples_per_prompt == 1 and bool(group.rewards))
+            known = trainer.watch.add(group.grades)
             if known and not (method.dynamic_sampling and without_contrast(group.rewards)):
                 chosen.append(group)
         if len(chosen) == recipe.prompts_per_step:

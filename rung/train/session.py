@@ -101,7 +101,7 @@ def open_session(recipe: GroupRL, run: RunDir, since: int, phase: "PhaseLog", li
         updates = recipe.num_steps * recipe.updates_per_rollout
         learner = Learner(parameters, recipe.optim, num_steps=updates, dtype=compute_dtype(recipe.dtype))
         reference = frozen_copy(model.decoder) if needs_reference(recipe.method) else None
-        engine = Engine(model.decoder)
+        engine = Engine(model.decoder, max_positions=model.decoder.config.max_positions)
         grade = JournalledGrades(grader, GradeJournal(run, since=since))
         rollouts = LocalRollouts(
             model,
