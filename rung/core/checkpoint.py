@@ -13,6 +13,7 @@ and the one with the best score stay.  A step saved again gets a suffix, so that
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -80,13 +81,13 @@ def save(
     Later checkpoints than `step` belong to a future that this run has left (they were corrupt when it was resumed from
     an earlier one), and are removed too.  Raises RunError where the disk is full; the old checkpoints stay.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob(".tmp-*"):
-        shutil.rmtree(stale)
+    score = score if score is not None and math.isfinite(score) else None
     needed = sum(t.numel() * t.element_size() for named in tensors.values() for t in named.values())
     aside = folder / f".tmp-{step:08d}"
     try:
-        aside.mkdir()
+        for stale in folder.glob(".tmp-*"):
+            shutil.rmtree(stale)
+        aside.mkdir(parents=True)
         files = {f"{name}{SUFFIX}": _write_tensors(aside / f"{name}{SUFFIX}", named) for name, named in tensors.items()}
         files[VALUES] = _write(aside / VALUES, [json.dumps(values, allow_nan=False).encode()])
         body = {"schema": 1, "step": step, "score": score, "files": files}
@@ -97,9 +98,8 @@ def save(
         fsync_folder(folder)
     except OSError as error:
         raise RunError(
-            f"the checkpoint of step {step} needs {needed / 1e6:.1f} MB in {folder}, where "
-            f"{shutil.disk_usage(folder).free / 1e6:.1f} MB are free, and could not be written ({error.strerror}): "
-            f"make room and resume; the earlier checkpoints are intact"
+            f"the checkpoint of step {step} needs {needed / 1e6:.1f} MB in {folder} and could not be written "
+            f"({error.strerror}): make room and resume; the earlier checkpoints are intact"
         ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)

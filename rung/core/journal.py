@@ -1,7 +1,8 @@
 """The journal of grades: a verifier's clock must not change a resumed run, so what it said is read, not asked again.
 
 Grades, *unknown* ones too, are on disk before the step that uses them.  A grade belongs to the tokens it judged: a
-key with other tokens is not found, and the answer is graded again.
+key with other tokens is not found, and the answer is graded again.  So are the unknown ones of the newest step: the
+verifier may have been mended since it stopped the run.
 """
 
 import hashlib
@@ -29,10 +30,13 @@ class GradeJournal:
     def __init__(self, run: RunDir, since: int = 0):
         self._run = run
         self._known: dict[tuple[GradeKey, str], Grade] = {}
-        for record in run.read("grades"):
-            if record["step"] >= since:
+        records = run.read("grades")
+        newest = max((record["step"] for record in records), default=0)
+        for record in records:
+            grade = decode(Grade, record["grade"])
+            if record["step"] >= since and (grade.known or record["step"] < newest):
                 key = decode(GradeKey, {name: record[name] for name in ("step", "problem", "draw", "sample")})
-                self._known[key, record["tokens"]] = decode(Grade, record["grade"])
+                self._known[key, record["tokens"]] = grade
 
     def lookup(self, key: GradeKey, token_ids: Sequence[int]) -> Grade | None:
         """The grade that these tokens got, None where they were never graded."""

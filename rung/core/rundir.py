@@ -82,17 +82,13 @@ class RunDir:
         return [record for _, record in self._records(name)]
 
     def cut(self, name: Literal["metrics", "samples", "evals"], step: int) -> int:
-        """Remove the records whose "step" is `step` or later, all at once.  Returns how many were removed."""
-        assert name != "grades", "grades are replayed on resume, and never cut"
-        kept, removed = [], 0
-        for line, record in self._records(name):
-            if record.get("step", -1) >= step:
-                removed += 1
-            else:
-                kept.append(line)
-        if removed:
-            write_atomic(self._log(name), b"".join(kept))
-        return removed
+        """Remove the records whose "step" is `step` or later, all at once.  Returns how many were removed.
+
+        Grades have no place here: they are replayed on resume.  Every record of a log that is cut has a "step"."""
+        late = sum(record["step"] >= step for _, record in self._records(name))
+        if late:
+            write_atomic(self._log(name), (line for line, record in self._records(name) if record["step"] < step))
+        return late
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -100,7 +96,11 @@ class RunDir:
 
         Raises RunError while another process holds it.
         """
-        with open(self.folder / "lock", "a+b") as file:
+        try:
+            file = open(self.folder / "lock", "a+b")  # noqa: SIM115 (closed below, which gives the lock back)
+        except OSError as error:
+            raise RunError(f"{self.folder} cannot be written ({error.strerror}): a run is locked there") from error
+        with file:
             deadline = time.monotonic() + LOCK_PATIENCE
             while not _try_flock(file, fcntl.LOCK_EX):
                 if time.monotonic() > deadline:
@@ -147,9 +147,7 @@ def create(folder: str | Path, config: Any, environment: Mapping[str, Any]) -> R
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunError(f"{folder} exists already: resume it, choose another name, or remove it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
     aside = folder.parent / f".tmp-{folder.name}-{os.getpid()}"
-    shutil.rmtree(aside, ignore_errors=True)
     try:
         (aside / "checkpoints").mkdir(parents=True)
         write_atomic(aside / "VERSION", f"{FORMAT}\n".encode())
@@ -179,12 +177,12 @@ def open_run(folder: str | Path) -> RunDir:
     return RunDir(folder)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file aside, bring it to the disk and rename it: readers see the old or the new, never half."""
+def write_atomic(path: Path, data: bytes | Iterable[bytes]) -> None:
+    """Write a file (whole or in parts) aside, bring it to the disk, rename it: readers see old or new, never half."""
     aside = path.with_name(f".tmp-{path.name}")
     try:
         with open(aside, "wb") as file:
-            file.write(data)
+            file.writelines([data] if isinstance(data, bytes) else data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)

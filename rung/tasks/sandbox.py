@@ -70,11 +70,15 @@ class Grader:
         outcomes: list[Grade | _Failure] = []
         while len(outcomes) < len(answers) and self._ready():
             rest = answers[len(outcomes) :]
-            self._child.send({"answers": [encode(answer) for answer in rest]})
-            for _ in rest:
-                outcomes.append(self._child.result(self._limits.seconds))
-                if not self._child.alive:
-                    break
+            try:
+                self._child.send({"answers": [encode(answer) for answer in rest]})
+                for _ in rest:
+                    outcomes.append(self._child.result(self._limits.seconds))
+                    if not self._child.alive:
+                        break
+            except BaseException:  # Ctrl-C: its remaining grades must not be taken for those of the next batch
+                self._child.kill()
+                raise
         return outcomes + [unknown(f"the verifier is lost: {self._broken}")] * (len(answers) - len(outcomes))
 
     def _ready(self) -> bool:
@@ -136,15 +140,6 @@ class UnknownWatch:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self._groups = deque((tuple(group) for group in state["groups"]), maxlen=self._window)
-        self.dropped = state["dropped"]
-
-    def state(self) -> dict[str, Any]:
-        """What `restore` needs, in JSON."""
-        return {"groups": [list(pair) for pair in self._groups], "dropped": self.dropped}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on counting where `state` was taken."""
-        self._groups.extend((bad, seen) for bad, seen in state["groups"])
         self.dropped = state["dropped"]
 
 
