@@ -1,0 +1,13 @@
+"""Every bench, one after another, with the same options."""
+
+from bench import learner, memory, rollout, sampling, step
+
+
+def main() -> None:
+    """The quick ones first."""
+    for bench in (sampling, rollout, learner, step, memory):
+        bench.main()
+
+
+if __name__ == "__main__":
+    main()

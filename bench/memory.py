@@ -1,0 +1,37 @@
+"""Peak resident memory of a whole GRPO step (16 x 8 x 16), against `trl` at equal micro-batch, in fresh processes."""
+
+from bench import workload
+from bench.harness import Options, Side, Worker, announce, options, record
+
+DTYPES = ("bf16", "pure-bf16", "fp32")
+STEPS = 2  # the optimiser's state is there from the second step on
+
+
+def main() -> None:
+    """With micro-batches of 32 and of all 128 sequences."""
+    given = options(__doc__)
+    announce(given)
+    for size in (32, 128):
+        against_trl(workload.step(2, 2, 4, 2) if given.quick else workload.step(16, 8, 16, size), given)
+
+
+def against_trl(size: dict, given: Options) -> None:
+    """Everything counts: interpreter, libraries, weights, optimiser, activations."""
+    what = "peak memory: {num_prompts} x {samples} x {max_tokens} tokens, micro-batch {micro_batch}".format(**size)
+    print(f"\n{what}", flush=True)
+    common = {"model": given.model, **size}
+    ours = Side(name="rung", job="bench.ours:step", spec={**common, "dtype": "auto"})
+    peers = [Side(name=f"trl, {d}", job="bench.peers:step", spec={**common, "dtype": d}) for d in DTYPES]
+    peaks = {side.name: _peak(side, given.threads) for side in (ours, *peers)}
+    for name, peak in peaks.items():
+        print(f"  {name:<20} {peak / 1e9:6.2f} GB   ({peak / peaks[ours.name]:.2f} of ours)", flush=True)
+    record({"what": what, "unit": "bytes", "bar": "<= 1/2 of trl's", "peaks": peaks, "quick": given.quick})
+
+
+def _peak(side: Side, threads: int) -> float:
+    with Worker(side, threads) as worker:
+        return max(worker.turn(number)["peak_bytes"] for number in range(STEPS))
+
+
+if __name__ == "__main__":
+    main()
