@@ -37,7 +37,7 @@ class Model:
         if self.text is None:
             raise ModelError(
                 f"{self.name} has no tokenizer.json, so text cannot become tokens. Copy tokenizer.json and "
-                "tokenizer_config.json into the folder, or give token ids."
+                "tokenizer_config.json into the folder, or give token ids to rung.engine."
             )
         return self.text
 
