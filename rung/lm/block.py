@@ -6,7 +6,7 @@ from torch import nn
 from rung.core.shapes import Float, Tensor
 from rung.lm.channels.mlp import MLP
 from rung.lm.config import AttentionSpec, BlockSpec, MLPSpec
-from rung.lm.mixers.attention import Attention, PlainPlan
+from rung.lm.mixers.attention import Attention, Plan
 from rung.lm.norm import RMSNorm
 
 MIXERS = {AttentionSpec: Attention}
@@ -23,6 +23,6 @@ class Block(nn.Module):
         self.channel_norm = RMSNorm(width, spec.norm_eps, dtype, device)
         self.channel = CHANNELS[type(spec.channel)](spec.channel, width, dtype, device)
 
-    def forward(self, x_TD: Float[Tensor, "T D"], plan: PlainPlan, rows: Tensor | None) -> Float[Tensor, "T D"]:
+    def forward(self, x_TD: Float[Tensor, "T D"], plan: Plan, rows: Tensor | None) -> Float[Tensor, "T D"]:
         x_TD = x_TD + self.mixer(self.mixer_norm(x_TD), plan, rows)
         return x_TD + self.channel(self.channel_norm(x_TD))

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils import skip_init
 
+from rung.core.errors import ConfigError
 from rung.core.records import Layout
 from rung.core.shapes import Float, Int, Tensor
 from rung.lm.block import Block
@@ -47,12 +48,22 @@ class Decoder(nn.Module):
         return self
 
     def forward(self, tokens_T: Int[Tensor, "T"], layout: Layout, state: KVState | None = None) -> Float[Tensor, "T D"]:
-        """Hidden states after the final norm, in the compute dtype.  With a state, the new rows stay pending."""
+        """Hidden states after the final norm, in the compute dtype.
+
+        With a state nothing is differentiated, and the new rows stay pending until `state.commit`."""
+        if state is None:
+            return self._through_blocks(tokens_T, layout, None)
+        with torch.no_grad():
+            return self._through_blocks(tokens_T, layout, state)
+
+    def _through_blocks(self, tokens_T: Tensor, layout: Layout, state: KVState | None) -> Tensor:
+        new = None if state is None else state.place(layout)
         blocks = cast(Sequence[Block], self.blocks)
-        plan = blocks[0].mixer.plan(layout, state)
+        mixers = {block.mixer.spec: block.mixer for block in blocks}
+        plans = {spec: mixer.plan(layout, new) for spec, mixer in mixers.items()}
         x_TD = self.embedding(tokens_T)
         for layer, block in enumerate(blocks):
-            x_TD = block(x_TD, plan, None if state is None else state.rows[layer])
+            x_TD = block(x_TD, plans[block.mixer.spec], None if state is None else state.rows[layer])
         return self.norm(x_TD)
 
     def head(self, hidden_ND: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
@@ -65,13 +76,18 @@ class Decoder(nn.Module):
 
     def new_state(self, slots: int, capacity: int) -> KVState:
         """An empty state in the compute dtype."""
-        spec, weight = self.config.blocks[0].mixer, self.embedding.weight
+        shapes = {(block.mixer.kv_heads, block.mixer.head_dim) for block in self.config.blocks}
+        if len(shapes) > 1:
+            raise ConfigError(
+                f"one cache holds all layers: kv_heads and head_dim must be equal in all blocks; got {shapes}"
+            )
+        (kv_heads, head_dim), weight = shapes.pop(), self.embedding.weight
         return KVState(
             layers=len(self.blocks),
             slots=slots,
-            kv_heads=spec.kv_heads,
+            kv_heads=kv_heads,
             capacity=capacity,
-            head_dim=spec.head_dim,
+            head_dim=head_dim,
             dtype=weight.dtype,
             device=weight.device,
         )

@@ -20,14 +20,16 @@ from rung.lm.config import RopeSpec
 
 
 def rotary_tables(
-    spec: RopeSpec, head_dim: int, position_T: Int[Tensor, "T"], dtype: torch.dtype
+    spec: RopeSpec, head_dim: int, position_T: Int[Tensor, "T"], like: Tensor
 ) -> tuple[Float[Tensor, "T 1 d"], Float[Tensor, "T 1 d"]]:
-    """cos and signed sin of every position, computed in fp32, then cast; the sign of `rotate` is in the sine."""
+    """cos and signed sin of every position, computed in fp32, then cast to dtype and device of `like`.
+
+    The sine carries the sign of `rotate`."""
     frequency_d, scale = frequencies(spec, head_dim)
-    angle_Td = position_T[:, None].float() * frequency_d.to(position_T.device)
+    angle_Td = position_T[:, None].float() * frequency_d
     cos_Td, sin_Td = angle_Td.cos() * scale, angle_Td.sin() * scale
     cos_Td, sin_Td = torch.cat((cos_Td, cos_Td), -1), torch.cat((-sin_Td, sin_Td), -1)
-    return cos_Td[:, None].to(dtype), sin_Td[:, None].to(dtype)
+    return cos_Td[:, None].to(like), sin_Td[:, None].to(like)
 
 
 def rotate(
@@ -36,6 +38,13 @@ def rotate(
     """Turn every head: [a, b] -> [a cos - b sin, b cos + a sin] on the two halves of d."""
     a_THd, b_THd = x_THd.chunk(2, -1)
     return torch.addcmul(x_THd * cos_T1d, torch.cat((b_THd, a_THd), -1), sin_T1d)
+
+
+def rotate_(x_THd: Tensor, cos_T1d: Tensor, sin_T1d: Tensor) -> None:
+    """`rotate` in place, outside autograd.  With -sin it turns back, which is also its gradient."""
+    a_THd, b_THd = x_THd.chunk(2, -1)
+    turned_THd = torch.cat((b_THd, a_THd), -1)
+    x_THd.mul_(cos_T1d).addcmul_(turned_THd, sin_T1d)
 
 
 @lru_cache(maxsize=64)

@@ -3,15 +3,33 @@
 A forward writes the rows of its new tokens behind the committed ones: the i-th new token of slot s (in the order of the
 layout) at row length_S[s] + i.  They are *pending* until `commit` accepts a path of them; the next forward overwrites
 what was not accepted.
+
+Dead rows (behind the committed ones) may hold anything, even NaN: what an earlier sequence left.  A path that reads
+whole blocks of the cache asks `scrub` to zero them first, because a weight of zero times NaN is NaN.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from rung.core.errors import RequestError
 from rung.core.records import Layout
-from rung.core.shapes import Int, Tensor
+from rung.core.shapes import Float, Int, Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """Where the new rows of one forward go: for every token without filler its index on T, its slot, and its row."""
+
+    state: "KVState"
+    index_N: Int[Tensor, "N"]
+    slot_N: Int[Tensor, "N"]
+    row_N: Int[Tensor, "N"]
+
+    def write(self, rows: Float[Tensor, "2 S K C d"], kv_T2Kd: Float[Tensor, "T 2 K d"]) -> None:
+        """Store one layer's new keys and values."""
+        rows[:, self.slot_N, :, self.row_N] = kv_T2Kd[self.index_N]
 
 
 class KVState:
@@ -29,49 +47,68 @@ class KVState:
         device: torch.device,
     ) -> None:
         self.slots, self.capacity = slots, capacity
-        self.rows = torch.zeros(layers, 2, slots, kv_heads, capacity, head_dim, dtype=dtype, device=device)
+        self.rows = torch.empty(layers, 2, slots, kv_heads, capacity, head_dim, dtype=dtype, device=device)
         self.length_S = torch.zeros(slots, dtype=torch.int64)
         self.pending_S = torch.zeros(slots, dtype=torch.int64)
+        self.clean_S = torch.zeros(slots, dtype=torch.int64)  # rows from length_S up to here are known to be finite
 
-    def place(self, layout: Layout) -> tuple[Int[Tensor, "N"], Int[Tensor, "N"], Int[Tensor, "N"]]:
-        """Announce a forward: the indices on T of its tokens without filler, their slots, and the rows they get."""
+    def place(self, layout: Layout) -> Placement:
+        """Announce a forward: its tokens get the rows behind the committed ones, which become pending."""
         index_N = (layout.slot_T >= 0).nonzero()[:, 0]
         slot_N = layout.slot_T[index_N]
-        order_N = torch.argsort(slot_N, stable=True)
         count_S = torch.bincount(slot_N, minlength=self.slots)
-        if len(count_S) > self.slots or bool((self.length_S + count_S > self.capacity).any()):
-            longest = int((self.length_S + count_S[: self.slots]).max())
+        needed = int((self.length_S + count_S[: self.slots]).max())
+        if len(count_S) > self.slots or needed > self.capacity:
             raise RequestError(
-                f"the state has {self.slots} slots of {self.capacity} rows; needed: slot {int(slot_N.max())} and "
-                f"{longest} rows. Make it larger with new_state(slots, capacity), or shorten the request."
+                f"the state has {self.slots} slots of {self.capacity} rows; needed: {len(count_S)} slots of {needed} "
+                "rows. Make it larger with new_state(slots, capacity), or ask for fewer or shorter sequences."
             )
+        order_N = torch.argsort(slot_N, stable=True)
         first_S = count_S.cumsum(0) - count_S
         rank_N = torch.empty_like(order_N)
         rank_N[order_N] = torch.arange(len(order_N)) - first_S[slot_N[order_N]]
+        self._abandon_pending()
         self.pending_S = count_S
-        return index_N, slot_N, self.length_S[slot_N] + rank_N
+        return Placement(self, index_N, slot_N, self.length_S[slot_N] + rank_N)
+
+    def scrub(self, slots: int, rows: int) -> None:
+        """Make the dead rows below `rows` of the first `slots` slots finite; what was scrubbed is not touched again."""
+        dirty_N = (self.clean_S[:slots] < rows).nonzero()[:, 0].tolist()
+        for slot in dirty_N:
+            start = int(max(self.clean_S[slot], self.length_S[slot]))
+            self.rows[:, :, slot, :, start:rows] = 0
+            self.clean_S[slot] = rows
 
     def fork(self, source: int, targets: Sequence[int]) -> None:
         """Copy the committed rows of slot `source` to the slots `targets`."""
-        length = int(self.length_S[source])
-        self.rows[:, :, list(targets), :, :length] = self.rows[:, :, [source], :, :length]
-        self.length_S[list(targets)] = length
-        self.pending_S[list(targets)] = 0
+        length, slots = int(self.length_S[source]), [slot for slot in targets if slot != source]
+        self.rows[:, :, slots, :, :length] = self.rows[:, :, [source], :, :length]
+        self.length_S[slots] = length
+        self.pending_S[slots] = 0
+        self.clean_S[slots] = length
 
     def commit(self, slot_S: Int[Tensor, "S"], path_SN: Int[Tensor, "S N"], count_S: Int[Tensor, "S"]) -> None:
         """Accept the first count_S[s] entries of path_SN[s] of slot slot_S[s]; see `protocols.State`."""
-        wanted_SN = torch.arange(path_SN.shape[1]) < count_S[:, None]
+        straight_N = torch.arange(path_SN.shape[1])
+        wanted_SN = straight_N < count_S[:, None]
         assert bool((path_SN < self.pending_S[slot_S][:, None])[wanted_SN].all()), "a path names rows never written"
-        moved_SN = wanted_SN & (path_SN != torch.arange(path_SN.shape[1]))
+        moved_SN = wanted_SN & (path_SN != straight_N)
         if bool(moved_SN.any()):
             sequence_N, rank_N = moved_SN.nonzero(as_tuple=True)
             slot_N = slot_S[sequence_N]
             start_N = self.length_S[slot_N]
             self.rows[:, :, slot_N, :, start_N + rank_N] = self.rows[:, :, slot_N, :, start_N + path_SN[moved_SN]]
         self.length_S[slot_S] += count_S
-        self.pending_S[slot_S] = 0
+        self.pending_S[slot_S] -= count_S
+        self._abandon_pending()
 
     def free(self, slot_S: Int[Tensor, "S"]) -> None:
         """Forget all rows of these slots."""
         self.length_S[slot_S] = 0
         self.pending_S[slot_S] = 0
+        self.clean_S[slot_S] = 0
+
+    def _abandon_pending(self) -> None:
+        """What is still pending becomes dead, and may not be finite."""
+        self.clean_S = torch.where(self.pending_S > 0, torch.minimum(self.clean_S, self.length_S), self.clean_S)
+        self.pending_S = torch.zeros_like(self.pending_S)

@@ -1,0 +1,233 @@
+"""Attention of a learner's packed batch, and of a prefill into empty slots: chains, and prompts shared by a group.
+
+Linears, norms and the head see every token once.  Only here tokens are gathered into rectangles: a *piece* is up to
+QUERY_BLOCK queries of one run with the keys before them (the run's prompt, then the run itself), a *tile* is pieces of
+like size, padded to the largest.  Key `j` of a piece is seen by its query `i` if j < visible + i: one rule for chains,
+completions and blocks of long runs.
+
+The backward pass is written out: scores are recomputed, so that a layer keeps nothing but q, k and v, and the rows of
+a shared prompt collect the gradients of all its completions in fp32.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.autograd.function import once_differentiable
+
+from rung.core.records import Layout
+from rung.core.shapes import Float, Int, Tensor
+from rung.lm.config import AttentionSpec
+from rung.lm.rope import rotary_tables, rotate_
+from rung.lm.state import Placement
+
+QUERY_BLOCK = 256  # of a long run, so that half of the causal square is never computed
+TILE_SCORES = 1 << 21  # scores of one tile, over all heads: the working set stays near the caches
+WASTE, SLACK = 1.25, 1 << 12  # a tile may hold this multiple of its useful scores per head, and this many more
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Queries [query, query + count); keys: the prompt's rows, then `visible - prompt_length + count - 1` own ones."""
+
+    query: int
+    count: int
+    prompt: int
+    prompt_length: int
+    own: int
+    visible: int  # keys that the first query sees
+
+    @property
+    def keys(self) -> int:
+        return self.visible + self.count - 1
+
+
+def pieces(layout: Layout) -> list[Piece] | None:
+    """Cut a layout into pieces, or None if a run hangs on a run that is not a root (a deeper tree)."""
+    parent_T, slot_T = layout.parent_T.numpy(), layout.slot_T.numpy()
+    starts_T = parent_T != np.arange(len(parent_T)) - 1
+    starts_T[:1] = True
+    joint_N = parent_T[starts_T & (parent_T >= 0)]  # where something branches off, a run ends
+    starts_T[joint_N[joint_N + 1 < len(starts_T)] + 1] = True
+    run_T = np.cumsum(starts_T) - 1
+    first_R = np.flatnonzero(starts_T)
+    length_R = np.diff(first_R, append=len(parent_T))
+    found = []
+    for first, length in zip(first_R.tolist(), length_R.tolist(), strict=True):
+        if slot_T[first] < 0:
+            continue
+        above, prompt, prompt_length = int(parent_T[first]), 0, 0
+        if above >= 0:
+            prompt, prompt_length = int(first_R[run_T[above]]), int(length_R[run_T[above]])
+            if parent_T[prompt] >= 0:
+                return None
+        for start in range(0, length, QUERY_BLOCK):
+            count = min(QUERY_BLOCK, length - start)
+            found.append(Piece(first + start, count, prompt, prompt_length, first, prompt_length + start + 1))
+    return found
+
+
+def tiles(all_pieces: Iterable[Piece], heads: int) -> list[list[Piece]]:
+    """Pieces of like size together: few tiles, little padding, and none too large."""
+    found: list[list[Piece]] = []
+    useful = 0
+    for piece in sorted(all_pieces, key=lambda p: (p.count, p.keys), reverse=True):
+        useful += piece.count * piece.keys
+        if found:
+            together = [*found[-1], piece]
+            area = len(together) * together[0].count * max(p.keys for p in together)
+            if area <= WASTE * useful + SLACK and area * heads <= TILE_SCORES:
+                found[-1].append(piece)
+                continue
+        found.append([piece])
+        useful = piece.count * piece.keys
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Tile:
+    """Slices of the gathered rows, and the additive mask."""
+
+    queries: slice
+    keys: slice
+    mask_B1CN: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class PackedPlan:
+    """The tiles of a layout, as rows of width d to gather: of q [T * H], and of k and v together [T * 2K].
+
+    query_M, key_N, value_N: of all tiles one after another, head by head; query T * H is a row of zeros (padding)
+    back_M: where the result of each row of q lies; result M is a row of zeros (fillers)
+    """
+
+    spec: AttentionSpec
+    cos_T1d: Tensor
+    sin_T1d: Tensor
+    tiles: tuple[Tile, ...]
+    query_M: Int[Tensor, "M"]
+    key_N: Int[Tensor, "N"]
+    value_N: Int[Tensor, "N"]
+    back_M: Int[Tensor, "_"]
+    new: Placement | None
+
+    @staticmethod
+    def build(
+        layout: Layout, cut: list[Piece], spec: AttentionSpec, new: Placement | None, like: Tensor
+    ) -> "PackedPlan":
+        heads, kv_heads = spec.heads, spec.kv_heads
+        made, query_parts, key_parts, at_query, at_key = [], [], [], 0, 0
+        for group in tiles(cut, heads):
+            query_BC, key_BN, visible_B = _rows(group, padding=len(layout))
+            query_BHC = np.minimum(query_BC[:, None] * heads + np.arange(heads)[:, None], len(layout) * heads)
+            key_BKN = key_BN[:, None] * (2 * kv_heads) + np.arange(kv_heads)[:, None]
+            seen_BCN = np.arange(key_BN.shape[1]) < (visible_B[:, None] + np.arange(query_BC.shape[1]))[..., None]
+            hidden_B1CN = torch.from_numpy(~seen_BCN[:, None])
+            mask_B1CN = torch.zeros(hidden_B1CN.shape).masked_fill_(hidden_B1CN, -torch.inf)
+            queries, keys = slice(at_query, at_query + query_BHC.size), slice(at_key, at_key + key_BKN.size)
+            made.append(Tile(queries, keys, mask_B1CN.to(like)))
+            query_parts.append(query_BHC.ravel())
+            key_parts.append(key_BKN.ravel())
+            at_query, at_key = queries.stop, keys.stop
+        query_M = np.concatenate([np.empty(0, np.int64), *query_parts])
+        key_N = np.concatenate([np.empty(0, np.int64), *key_parts])
+        back_M = np.full(len(layout) * heads + 1, at_query)
+        back_M[query_M] = np.arange(at_query)
+        query, key, back = (torch.from_numpy(part).to(like.device) for part in (query_M, key_N, back_M[:-1]))
+        cos_T1d, sin_T1d = rotary_tables(spec.rope, spec.head_dim, layout.position_T, like)
+        return PackedPlan(spec, cos_T1d, sin_T1d, tuple(made), query, key, key + kv_heads, back, new)
+
+    def attend(self, qkv_TE: Float[Tensor, "T E"], rows: Tensor | None) -> Float[Tensor, "T O"]:
+        out_TO, kv_TKd = _Attend.apply(qkv_TE, self)
+        if rows is not None and self.new is not None:
+            self.new.write(rows, kv_TKd.unflatten(1, (2, -1)))
+        return out_TO
+
+
+def _rows(group: list[Piece], *, padding: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens of a tile's queries [B, C] and keys [B, N], and the keys that each first query sees [B].
+
+    A query beyond its piece is `padding`; a key beyond its piece repeats the last one, which no query of it sees.
+    """
+    column = {
+        name: np.array([getattr(piece, name) for piece in group])[:, None]
+        for name in ("query", "count", "prompt", "prompt_length", "own", "visible", "keys")
+    }
+    step_C, step_N = np.arange(column["count"].max()), np.arange(column["keys"].max())
+    query_BC = np.where(step_C < column["count"], column["query"] + step_C, padding)
+    own_BN = column["own"] + np.minimum(step_N, column["keys"] - 1) - column["prompt_length"]
+    key_BN = np.where(step_N < column["prompt_length"], column["prompt"] + step_N, own_BN)
+    return query_BC, key_BN, column["visible"][:, 0]
+
+
+class _Attend(torch.autograd.Function):
+    """Rotate q and k, attend within the tiles.  Also returns rotated keys and values, [T, 2K, d], for a cache."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv_TE: Tensor, plan: PackedPlan) -> tuple[Tensor, Tensor]:
+        heads, kv_heads, head_dim = plan.spec.heads, plan.spec.kv_heads, plan.spec.head_dim
+        qkv_THd = qkv_TE.view(-1, heads + 2 * kv_heads, head_dim)
+        q_Nd = qkv_TE.new_zeros(len(qkv_TE) * heads + 1, head_dim)
+        q_THd = q_Nd[:-1].view(-1, heads, head_dim).copy_(qkv_THd[:, :heads])
+        kv_TKd = qkv_THd[:, heads:].contiguous()
+        rotate_(q_THd, plan.cos_T1d, plan.sin_T1d)
+        rotate_(kv_TKd[:, :kv_heads], plan.cos_T1d, plan.sin_T1d)
+        q_Md, k_Nd, v_Nd = _gather(q_Nd, kv_TKd, plan)
+        out_Md = q_Md.new_zeros(len(q_Md) + 1, head_dim)
+        for tile in plan.tiles:
+            q, k, v, out = _views(tile, kv_heads, (q_Md, k_Nd, v_Nd, out_Md))
+            torch.bmm(_weights(q, k, tile), v, out=out)
+        ctx.plan = plan
+        ctx.save_for_backward(q_Nd, kv_TKd)
+        ctx.mark_non_differentiable(kv_TKd)
+        return out_Md.index_select(0, plan.back_M).view(len(qkv_TE), -1), kv_TKd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout_TO: Tensor, _: Tensor) -> tuple[Tensor, None]:
+        plan: PackedPlan = ctx.plan
+        q_Nd, kv_TKd = ctx.saved_tensors
+        heads, kv_heads, head_dim = plan.spec.heads, plan.spec.kv_heads, plan.spec.head_dim
+        q_Md, k_Nd, v_Nd = _gather(q_Nd, kv_TKd, plan)
+        dout_Nd = torch.cat((dout_TO.reshape(-1, head_dim), dout_TO.new_zeros(1, head_dim)))
+        dout_Md = dout_Nd.index_select(0, plan.query_M)
+        dq_Md, dk_Nd, dv_Nd = q_Md.new_zeros(len(q_Md) + 1, head_dim), torch.empty_like(k_Nd), torch.empty_like(v_Nd)
+        for tile in plan.tiles:
+            q, k, v, dout = _views(tile, kv_heads, (q_Md, k_Nd, v_Nd, dout_Md))
+            dq, dk, dv, _ = _views(tile, kv_heads, (dq_Md, dk_Nd, dv_Nd, dout_Md))
+            weight = _weights(q, k, tile)
+            torch.bmm(weight.transpose(1, 2), dout, out=dv)
+            dweight = torch.bmm(dout, v.transpose(1, 2))
+            dscore = torch.ops.aten._softmax_backward_data(dweight, weight, -1, weight.dtype).mul_(head_dim**-0.5)
+            torch.bmm(dscore, k, out=dq)
+            torch.bmm(dscore.transpose(1, 2), q, out=dk)
+        dq_THd = dq_Md.index_select(0, plan.back_M).view(-1, heads, head_dim)
+        wide = torch.promote_types(q_Md.dtype, torch.float32)
+        dkv_Nd = torch.zeros(kv_TKd.numel() // head_dim, head_dim, dtype=wide, device=q_Md.device)
+        dkv_Nd.index_add_(0, plan.key_N, dk_Nd.to(wide)).index_add_(0, plan.value_N, dv_Nd.to(wide))
+        dkv_TKd = dkv_Nd.to(q_Md.dtype).view_as(kv_TKd)
+        rotate_(dq_THd, plan.cos_T1d, -plan.sin_T1d)
+        rotate_(dkv_TKd[:, :kv_heads], plan.cos_T1d, -plan.sin_T1d)
+        return torch.cat((dq_THd, dkv_TKd), 1).flatten(1), None
+
+
+def _gather(q_Nd: Tensor, kv_TKd: Tensor, plan: PackedPlan) -> tuple[Tensor, Tensor, Tensor]:
+    kv_Nd = kv_TKd.flatten(0, 1)
+    key_Nd, value_Nd = kv_Nd.index_select(0, plan.key_N), kv_Nd.index_select(0, plan.value_N)
+    return q_Nd.index_select(0, plan.query_M), key_Nd, value_Nd
+
+
+def _views(tile: Tile, kv_heads: int, parts: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """A tile's queries (first and last) [B * K, g * C, d] and keys, values [B * K, N, d]: g heads folded into time."""
+    (first, keys, values, last), groups = parts, tile.mask_B1CN.shape[0] * kv_heads
+    cuts = ((first, tile.queries), (keys, tile.keys), (values, tile.keys), (last, tile.queries))
+    return tuple(rows[cut].view(groups, -1, rows.shape[-1]) for rows, cut in cuts)
+
+
+def _weights(q: Tensor, k: Tensor, tile: Tile) -> Tensor:
+    pieces_B, _, queries_C, keys_N = tile.mask_B1CN.shape
+    score = torch.bmm(q, k.transpose(1, 2)).mul_(q.shape[-1] ** -0.5)
+    score.view(pieces_B, -1, queries_C, keys_N).add_(tile.mask_B1CN)
+    return score.softmax(-1)
