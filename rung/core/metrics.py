@@ -8,16 +8,18 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+Number = int | float
+
 
 @dataclass(frozen=True)
 class Mean:
     """A weighted mean: total is the sum of weight times value.  Without weight it has no value."""
 
-    total: float
-    weight: float
+    total: Number
+    weight: Number
 
     @staticmethod
-    def of(value: float, weight: float = 1.0) -> "Mean":
+    def of(value: Number, weight: Number = 1.0) -> "Mean":
         """The mean of values that are all `value`; a weight of 0 says nothing, whatever the value."""
         return Mean(value * weight if weight else 0.0, weight)
 
@@ -33,7 +35,7 @@ class Mean:
 class Sum:
     """A count or an amount."""
 
-    value: float
+    value: Number
 
     def __add__(self, other: "Sum") -> "Sum":
         return Sum(self.value + other.value)
@@ -43,7 +45,7 @@ class Sum:
 class Max:
     """The largest value seen; NaN wins, so that the order of merging never hides it."""
 
-    value: float
+    value: Number
 
     def __add__(self, other: "Max") -> "Max":
         return self if math.isnan(self.value) or self.value >= other.value else other
@@ -67,4 +69,4 @@ def merge(*parts: Mapping[str, Metric]) -> dict[str, Metric]:
 
 def flatten(metrics: Mapping[str, Metric]) -> dict[str, float]:
     """Plain numbers by name; a mean without weight is left out."""
-    return {name: value for name, metric in metrics.items() if (value := metric.value) is not None}
+    return {name: float(value) for name, metric in metrics.items() if (value := metric.value) is not None}

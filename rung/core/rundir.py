@@ -145,10 +145,10 @@ class RunDir:
 def create(folder: str | Path, config: Any, environment: Mapping[str, Any]) -> RunDir:
     """A new run folder, there whole or not at all.  Raises RunError where one exists."""
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RunError(f"{folder} exists already: resume it, choose another name, or remove it")
     aside = folder.parent / f".tmp-{folder.name}-{os.getpid()}"
     try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise RunError(f"{folder} exists already: resume it, choose another name, or remove it")
         (aside / "checkpoints").mkdir(parents=True)
         write_atomic(aside / "VERSION", f"{FORMAT}\n".encode())
         write_atomic(aside / "config.json", configs.dumps_json(config).encode())
