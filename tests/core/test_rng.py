@@ -79,7 +79,7 @@ def test_index_may_differ_from_row_to_row():
 
 
 def test_uniforms_are_uniform_over_keys_over_positions_and_over_indices():
-    """Kolmogorov's distance of 20 000 seeded uniforms stays under the 1e-6 quantile, 2.69 / sqrt(n), along each name."""
+    """Kolmogorov's distance of 20 000 uniforms stays under its 1e-6 quantile, 2.69 / sqrt(n), along each name."""
     count = 20_000
     ones, ramp = torch.ones(count, dtype=torch.long), torch.arange(count)
     for noise in (
