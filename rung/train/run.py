@@ -20,7 +20,9 @@ from rung.core.records import Sampling
 from rung.core.rundir import RunDir, create, open_run
 from rung.core.words import Message
 from rung.tasks.base import Split, problems
+from rung.tasks.load import load_task
 from rung.train.config import GroupRL
+from rung.train.estimate import refuse_too_large
 from rung.train.evaluate import Evaluation, evaluate_with
 from rung.train.grpo import GAP_ALARM, StepRecord, train_step
 from rung.train.session import PhaseLog, Session, check_recipe, fingerprint, open_session, self_test, use_threads
@@ -55,6 +57,8 @@ def train(
             )
         return resume(folder, listener=listener)
     use_threads(recipe.threads)
+    load_task(recipe.task.name, recipe.task.options)
+    refuse_too_large(recipe, listener)
     return _go(create(folder, recipe, environment()), recipe, listener)
 
 

@@ -1,0 +1,132 @@
+"""What a run will need, before it starts: memory and time, from the model's shape and a short matrix product.
+
+Memory is a sum of what is known to be held; activations are counted per token of a micro-batch.  Time is the number of
+floating-point operations over the rate measured here and now, and is meant to be right within a factor of two.
+"""
+
+import os
+import time
+from dataclasses import dataclass
+
+import torch
+
+from rung.core.errors import ConfigError
+from rung.core.progress import Listener, silent
+from rung.lm.config import DecoderConfig
+from rung.lm.decoder import Decoder
+from rung.lm.weights.families import from_hugging_face
+from rung.lm.weights.files import read_json
+from rung.lm.weights.sources import locate
+from rung.model.model import compute_dtype
+from rung.train.config import GroupRL
+from rung.train.methods import needs_reference
+from rung.train.session import check_recipe, use_threads
+
+SLOTS = 80  # of the engine: 64 that decode, and prompts waiting to be copied
+PROMPT_GUESS = 64  # tokens of a prompt, before a tokenizer has been asked
+LIBRARY = 450e6  # bytes: Python, torch and tokenizers, as measured on an idle process
+EFFICIENCY = 0.5  # share of the matrix product's rate that whole forward and backward passes reach
+RATE_SIZE, RATE_REPEATS = (512, 2048, 2048), 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """bytes and seconds of a whole run; `lines` say what they are made of."""
+
+    bytes: float
+    seconds: float
+    lines: tuple[str, ...]
+
+
+def estimate(recipe: GroupRL) -> Estimate:
+    """Memory and time that a recipe needs here.  Raises as `rung.train` does for a recipe that cannot run."""
+    check_recipe(recipe)
+    use_threads(recipe.threads)
+    config = _config(recipe, silent)
+    parts = memory(recipe, config)
+    total = sum(parts.values())
+    seconds = duration(recipe, num_parameters(config), multiply_rate(compute_dtype(recipe.dtype)))
+    lines = [f"{name:<24}{size / 1e9:8.2f} GB" for name, size in parts.items()]
+    lines += [f"{'in all':<24}{total / 1e9:8.2f} GB, of {available_memory() / 1e9:.1f} GB free"]
+    lines += [f"{'time':<24}{seconds / 60:8.1f} min for {recipe.num_steps} steps, within a factor of two"]
+    return Estimate(bytes=total, seconds=seconds, lines=tuple(lines))
+
+
+def refuse_too_large(recipe: GroupRL, listener: Listener = silent) -> None:
+    """Raises ConfigError where the run cannot fit into this machine's memory."""
+    parts, free = memory(recipe, _config(recipe, listener)), available_memory()
+    if sum(parts.values()) > free:
+        largest = max(parts, key=lambda name: parts[name])
+        raise ConfigError(
+            f"this run needs about {sum(parts.values()) / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; the largest "
+            f"part is {largest} with {parts[largest] / 1e9:.1f} GB. Lower tokens_per_micro_batch or max_tokens, or "
+            "take a smaller model."
+        )
+
+
+def memory(recipe: GroupRL, config: DecoderConfig) -> dict[str, float]:
+    """Bytes held at the peak of a step, by what holds them."""
+    weights, width = num_parameters(config), compute_dtype(recipe.dtype).itemsize
+    parts = {
+        "libraries": LIBRARY,
+        "fp32 weights": 4.0 * weights,
+        "compute copy": float(width * weights) if width < 4 else 0.0,
+        "gradients": 4.0 * weights,
+        "AdamW moments": 8.0 * weights,
+        "reference": float(width * weights) if needs_reference(recipe.method) else 0.0,
+    }
+    rows = PROMPT_GUESS + recipe.max_tokens
+    per_row = sum(2 * block.mixer.kv_heads * block.mixer.head_dim for block in config.blocks) * width
+    parts["key-value cache"] = float(SLOTS * rows * per_row)
+    parts["activations"] = float(recipe.tokens_per_micro_batch * activation_bytes(config, width))
+    return parts
+
+
+def activation_bytes(config: DecoderConfig, width: int) -> float:
+    """Bytes that one token leaves behind in a forward pass for its backward pass."""
+    total = 0.0
+    for block in config.blocks:
+        mixer = (2 * block.mixer.heads + 2 * block.mixer.kv_heads) * block.mixer.head_dim
+        total += width * (6 * config.width + 2 * mixer + 4 * block.channel.width) + 4 * 2 * config.width
+    return total
+
+
+def duration(recipe: GroupRL, weights: int, rate: float) -> float:
+    """Seconds of a run of longest samples: 2 operations a weight and token forwards, 4 backwards."""
+    prompts = recipe.prompts_per_step * PROMPT_GUESS
+    sampled = recipe.prompts_per_step * recipe.samples_per_prompt * recipe.max_tokens
+    rolled = 2.0 * weights * (prompts + sampled)
+    learned = (8.0 if needs_reference(recipe.method) else 6.0) * weights * (prompts + sampled)
+    evaluated = 2 * 2.0 * weights * recipe.eval_problems * (PROMPT_GUESS + recipe.max_tokens)
+    return (recipe.num_steps * (rolled + learned) + evaluated) / (rate * EFFICIENCY)
+
+
+def multiply_rate(dtype: torch.dtype) -> float:
+    """Floating-point operations per second of a matrix product here, now, with the threads in use."""
+    rows, inner, columns = RATE_SIZE
+    a, b = torch.ones(rows, inner, dtype=dtype), torch.ones(inner, columns, dtype=dtype)
+    a @ b
+    began = time.perf_counter()
+    for _ in range(RATE_REPEATS):
+        a @ b
+    return 2.0 * rows * inner * columns * RATE_REPEATS / (time.perf_counter() - began)
+
+
+def _config(recipe: GroupRL, listener: Listener) -> DecoderConfig:
+    path = locate(recipe.model, listener) / "config.json"
+    return from_hugging_face(read_json(path), where=str(path))
+
+
+def num_parameters(config: DecoderConfig) -> int:
+    """Number of weights, counted on a decoder that holds none."""
+    return sum(p.numel() for p in Decoder(config, device="meta").parameters())
+
+
+def available_memory() -> float:
+    """Bytes that can still be had without swapping (Linux; elsewhere all that is installed)."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return float(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
