@@ -30,3 +30,17 @@ def _connect_to_this_machine_only(self, address):
 @pytest.fixture(autouse=True)
 def closed_sockets(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", _connect_to_this_machine_only)
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder():
+    """The packaged model as a Hugging Face folder.  Skips where it cannot be had, unless in CI."""
+    from rung.core.errors import ModelError
+    from rung.lm.weights.sources import locate
+
+    try:
+        return locate("smollm2-135m")
+    except ModelError as error:
+        if "CI" in os.environ:
+            raise
+        pytest.skip(str(error))

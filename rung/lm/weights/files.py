@@ -16,6 +16,20 @@ from rung.core.errors import ModelError
 from rung.core.shapes import Tensor
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+COMPANIONS = (  # small files that travel with the weights
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "LICENSE",
+    "NOTICE",
+)
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,

@@ -22,6 +22,7 @@ from rung.lm.decoder import Decoder
 from rung.lm.weights.families import from_hugging_face, to_hugging_face
 from rung.lm.weights.files import (
     CODES,
+    COMPANIONS,
     DTYPES,
     INDEX,
     SINGLE,
@@ -35,20 +36,6 @@ from rung.lm.weights.files import (
 )
 from rung.lm.weights.names import HUGGING_FACE, Part, Rule, rules, split
 
-COMPANIONS = (  # small files that travel with the weights
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "LICENSE",
-    "NOTICE",
-)
 DERIVED = ".rotary_emb.inv_freq"  # a table that old Llama files carry; it follows from the config, and is not kept
 
 
