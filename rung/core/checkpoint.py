@@ -141,14 +141,14 @@ def verify(path: Path) -> str:
     except OSError as error:
         return f"{Path(error.filename or path).name}: {error.strerror}"
     except ValueError as error:
-        return str(error)
+        return f"{MANIFEST}: {error}"
     return ""
 
 
 def _manifest(path: Path) -> dict[str, Any]:
     manifest = json.loads((path / MANIFEST).read_bytes())
     if not isinstance(manifest, dict) or manifest.pop("self", None) != _hash_of(manifest):
-        raise ValueError(f"{MANIFEST} does not have the hash it was written with")
+        raise ValueError("it does not have the hash it was written with")
     return manifest
 
 
