@@ -39,21 +39,25 @@ def help(args: list[str]) -> str:
 def run(args: list[str]) -> None:
     asked = options.read(Chat, args, command=COMMAND)
     import rung
+    from rung.model.generate import stream
 
     with Display() as display:
         model = rung.load(asked.model, dtype=asked.dtype, listener=display)
     messages = [Message("system", asked.system)] if asked.system else []
     while said := _line():
         messages.append(Message("user", said))
-        (generation,) = rung.generate(
+        pieces = []
+        for piece in stream(
             model,
-            [messages],
+            messages,
             max_tokens=asked.max_tokens,
             temperature=asked.temperature,
             seed=asked.seed + len(messages),
-        )
-        messages.append(Message("assistant", generation.text))
-        print(visible(generation.text) if sys.stdout.isatty() else generation.text, flush=True)
+        ):
+            pieces.append(piece)
+            print(visible(piece) if sys.stdout.isatty() else piece, end="", flush=True)
+        print(flush=True)
+        messages.append(Message("assistant", "".join(pieces)))
 
 
 def _line() -> str:

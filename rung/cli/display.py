@@ -3,6 +3,7 @@
 `Display` is a listener (`rung.core.progress`).  Whatever it is told is shown with control characters made visible.
 """
 
+import os
 import signal
 import sys
 import time
@@ -14,6 +15,7 @@ from rung.report.visible import one_line, visible
 
 PLAIN_SECONDS = 2.0  # between two plain lines of one stage
 BYTES_STAGES = ("download",)  # what these count is bytes
+NEAR_THE_END_OF_A_STEP = ("evaluate", "checkpoint")  # the trainer tells of the step itself, and saves it, after these
 STAGE_WORDS = {
     "download": "downloading",
     "load": "loading the model",
@@ -38,15 +40,21 @@ class Display:
     """A context manager and a listener.
 
     stream: where lines go; live: draw a panel that moves (default: when the stream is a terminal)
+    finish: a first Ctrl-C lets the job come to a good end; else it stops at once
     clock:  seconds, for the pace of plain lines only
     """
 
     def __init__(
-        self, stream: TextIO | None = None, *, live: bool | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        stream: TextIO | None = None,
+        *,
+        live: bool | None = None,
+        finish: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ):
         self.stream = sys.stderr if stream is None else stream
-        self.live = self.stream.isatty() if live is None else live
-        self.clock = clock
+        self.live = self.stream.isatty() and os.environ.get("TERM") != "dumb" if live is None else live
+        self.finish, self.clock = finish, clock
         self.metrics: dict[str, float] = {}  # the newest value of each
         self._panel: Any = None
         self._stage, self._shown_at, self._stopping = "", float("-inf"), False
@@ -60,17 +68,19 @@ class Display:
             console = Console(file=self.stream, highlight=False, markup=False)
             self._panel = Live(console=console, refresh_per_second=4, transient=True)
             self._panel.start()
-        self._previous_handler = signal.signal(signal.SIGINT, self._interrupted)
+        if self.finish:
+            self._previous_handler = signal.signal(signal.SIGINT, self._interrupted)
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._previous_handler)
+        if self.finish:
+            signal.signal(signal.SIGINT, self._previous_handler)
         if self._panel is not None:
             self._panel.stop()
             self._panel = None
 
     def __call__(self, news: Progress) -> None:
-        """Show it.  After a first Ctrl-C the job stops here: between two pieces of news nothing is half done."""
+        """Show it.  After a first Ctrl-C the job stops here, unless a step's end, where it can be saved, is near."""
         self.metrics |= news.metrics
         if news.text:
             self.say(visible(news.text))
@@ -78,7 +88,7 @@ class Display:
             self._panel.update(_panel(news, self.metrics))
         elif news.stage != "notice":
             self._plain(news)
-        if self._stopping:
+        if self._stopping and news.stage not in NEAR_THE_END_OF_A_STEP:
             raise KeyboardInterrupt
 
     def say(self, line: str) -> None:
@@ -102,7 +112,7 @@ class Display:
         if self._stopping:
             raise KeyboardInterrupt
         self._stopping = True
-        self.say("Stopping as soon as nothing is half done; Ctrl-C again stops at once.")
+        self.say("Stopping after this step; Ctrl-C again stops at once.")
 
 
 def plain_line(news: Progress) -> str:

@@ -17,6 +17,7 @@ class Generate:
 
     model: a name (`rung models`), a Hugging Face folder or a .gguf file
     prompt: what a user says to the model; - reads it from stdin
+    raw: the prompt is not said to the model but continued by it
     max_tokens: most tokens of an answer
     temperature: 0 always takes the likeliest token
     top_k: draw only from this many of the likeliest tokens (0: all)
@@ -28,8 +29,9 @@ class Generate:
 
     model: str
     prompt: tuple[str, ...]
+    raw: bool = False
     max_tokens: int = 256
-    temperature: float = 0.0
+    temperature: float = 0.7
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
@@ -57,6 +59,7 @@ def run(args: list[str]) -> None:
             top_p=asked.top_p,
             min_p=asked.min_p,
             seed=asked.seed,
+            chat=False if asked.raw else None,
         )
     for generation in generations:
         print(visible(generation.text) if sys.stdout.isatty() else generation.text)

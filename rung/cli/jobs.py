@@ -26,7 +26,7 @@ def follow(folder: Path, job: Callable[[Listener], Any], *, tensorboard: bool = 
         raise ConfigError("--tensorboard needs the package tensorboard: pip install 'rung[tensorboard]'.")
     with contextlib.ExitStack() as stack:
         mirror = stack.enter_context(_mirror(folder)) if tensorboard else None
-        display = stack.enter_context(Display())
+        display = stack.enter_context(Display(finish=True))
 
         def listener(news: Progress) -> None:
             if mirror is not None:
@@ -45,9 +45,11 @@ def follow(folder: Path, job: Callable[[Listener], Any], *, tensorboard: bool = 
 
 
 def tell(folder: Path) -> None:
-    """Write the report of a run and print its result and the report's place."""
+    """Write the report of a run, and print its result and where everything lies."""
     path = page.write(folder)
     print(visible(page.headline(read_run(folder))))
+    if (folder / "model").is_dir():
+        print(f"model:  {visible(str(folder / 'model'))}")
     print(f"report: {visible(str(path))}")
 
 

@@ -15,8 +15,8 @@ from rung.cli.eval import task_options
 from rung.cli.options import Option
 from rung.core import config
 from rung.core.errors import ConfigError, nearest
-from rung.core.rundir import open_run
-from rung.report.load import RUNS, read_run
+from rung.core.progress import Listener
+from rung.report.load import RUNS
 from rung.train.config import METHODS, GroupRL
 
 COMMAND = "rung train"
@@ -65,15 +65,12 @@ def run(args: list[str]) -> None:
 
     if asked.dry_run:
         print("\n".join(rung.estimate(recipe).lines))
-    elif asked.or_resume and (folder / "VERSION").exists():
-        _refuse_another_run(folder, recipe)
-        if read_run(folder).finished:
-            jobs.tell(folder)
-        else:
-            jobs.follow(folder, lambda listener: rung.resume(folder, listener=listener), tensorboard=asked.tensorboard)
-    else:
-        job = lambda listener: rung.train(recipe, folder=folder, listener=listener)  # noqa: E731
-        jobs.follow(folder, job, tensorboard=asked.tensorboard)
+        return
+
+    def job(listener: Listener) -> object:
+        return rung.train(recipe, folder=folder, listener=listener, or_resume=asked.or_resume)
+
+    jobs.follow(folder, job, tensorboard=asked.tensorboard)
 
 
 def read(args: Sequence[str]) -> tuple[Train, GroupRL]:
@@ -151,17 +148,6 @@ def _with_task(recipe: GroupRL, args: Sequence[str]) -> GroupRL:
         if name and name != recipe.task.name:
             recipe = replace(recipe, task=replace(recipe.task, name=name, options={}))
     return recipe
-
-
-def _refuse_another_run(folder: Path, recipe: GroupRL) -> None:
-    """Raises ConfigError when the folder holds a run that differs from the recipe."""
-    differences = config.diff(open_run(folder).config(GroupRL), recipe)
-    if differences:
-        said = ", ".join(f"{name} {there!r} there and {here!r} here" for name, (there, here) in differences.items())
-        raise ConfigError(
-            f"{folder} holds another run: {said}. Give this one another --name, or go on with that one: "
-            f"rung resume {folder}"
-        )
 
 
 def _module(place: str) -> ModuleType:

@@ -11,10 +11,13 @@ from html import escape
 
 WIDTH, HEIGHT, BAR_HEIGHT = 400, 210, 22
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 12, 24  # margins
+CAP = 4  # half the width of a whisker's ends
+MAX_MARKS = 12  # points of a curve that are marked one by one
 MAX_POINTS = 300  # drawn per curve: more are means of neighbours (or maxima, where the curve is one of maxima)
 SMOOTH_FROM, SMOOTH_SHARE = 20, 15  # curves of at least 20 steps get a moving mean over 1/15 of them
 
-Points = Sequence[tuple[float, float]]
+Real = int | float
+Points = Sequence[tuple[Real, Real]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,15 +26,17 @@ class Curve:
 
     low, high: an interval around every point, or empty
     style:     line, or second (a thinner line in another colour)
+    joined:    points alone where False: nothing was measured between them
     smooth:    draw the points faintly and their moving mean on top
     worst:     thin by the maximum of neighbours, not by their mean
     """
 
     name: str
     points: Points
-    low: Sequence[float] = ()
-    high: Sequence[float] = ()
+    low: Sequence[Real] = ()
+    high: Sequence[Real] = ()
     style: str = "line"
+    joined: bool = True
     smooth: bool = False
     worst: bool = False
 
@@ -53,10 +58,10 @@ def chart(curves: Sequence[Curve], *, share: bool = False, log: bool = False) ->
     scale = math.log if log else float
     height = HEIGHT - TOP - BOTTOM
 
-    def at_x(x: float) -> float:
+    def at_x(x: Real) -> float:
         return LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)
 
-    def at_y(y: float) -> float:
+    def at_y(y: Real) -> float:
         return TOP + (scale(y_high) - scale(y)) / (scale(y_high) - scale(y_low)) * height
 
     parts = [
@@ -67,7 +72,7 @@ def chart(curves: Sequence[Curve], *, share: bool = False, log: bool = False) ->
     return _svg(HEIGHT, _said(curves, share), parts)
 
 
-def bars(parts: Sequence[tuple[str, float]]) -> str:
+def bars(parts: Sequence[tuple[str, Real]]) -> str:
     """One horizontal bar cut into parts, in the order given; classes part0, part1, ..."""
     total = math.fsum(value for _, value in parts)
     if total <= 0:
@@ -84,9 +89,9 @@ def bars(parts: Sequence[tuple[str, float]]) -> str:
     return _svg(BAR_HEIGHT, said, drawn, 'class="bar" preserveAspectRatio="none" ')
 
 
-def moving_mean(points: Points, window: int) -> list[tuple[float, float]]:
+def moving_mean(points: Points, window: int) -> list[tuple[Real, Real]]:
     """The mean over the `window` (odd) nearest points; shorter, and still centred, near the ends."""
-    smoothed = []
+    smoothed: list[tuple[Real, Real]] = []
     for index, (x, _) in enumerate(points):
         reach = min(window // 2, index, len(points) - 1 - index)
         near = [y for _, y in points[index - reach : index + reach + 1]]
@@ -99,7 +104,7 @@ def window_of(points: Points) -> int:
     return len(points) // SMOOTH_SHARE // 2 * 2 + 1 if len(points) >= SMOOTH_FROM else 1
 
 
-def number(value: float) -> str:
+def number(value: Real) -> str:
     """At most three digits, and no more than it needs: 0, 0.25, 1.5, 1200, 3e-05."""
     if value and not 1e-3 <= abs(value) < 1e5:
         return f"{value:.3g}"
@@ -111,22 +116,27 @@ def _svg(height: int, said: str, parts: Sequence[str], more: str = "") -> str:
     return f'<svg {more}{box} role="img" aria-label="{escape(said)}">{"".join(parts)}</svg>'
 
 
-def _drawn(curve: Curve, at_x: Callable[[float], float], at_y: Callable[[float], float], share: bool) -> str:
+def _drawn(curve: Curve, at_x: Callable[[Real], float], at_y: Callable[[Real], float], share: bool) -> str:
     places = [(at_x(x), at_y(y)) for x, y in curve.points]
     drawn = []
     if curve.low:
         low, high = [at_y(y) for y in curve.low], [at_y(y) for y in curve.high]
-        ring = [(x, y) for (x, _), y in zip(places, high, strict=True)]
-        ring += [(x, y) for (x, _), y in zip(places, low, strict=True)][::-1]
-        drawn.append(f'<polygon class="band" points="{_path(ring)}"/>')
-        whiskers = (f"M{x:.1f} {a:.1f}V{b:.1f}" for (x, _), a, b in zip(places, low, high, strict=True))
-        drawn.append(f'<path class="whisker" d="{"".join(whiskers)}"/>')
+        steps = [x for x, _ in places]
+        if curve.joined:
+            ring = [*zip(steps, high, strict=True), *reversed([*zip(steps, low, strict=True)])]
+            drawn.append(f'<polygon class="band {curve.style}" points="{_path(ring)}"/>')
+        whiskers = (
+            f"M{x - CAP:.1f} {a:.1f}h{2 * CAP}M{x:.1f} {a:.1f}V{b:.1f}m{-CAP} 0h{2 * CAP}"
+            for x, a, b in zip(steps, low, high, strict=True)
+        )
+        drawn.append(f'<path class="whisker {curve.style}" d="{"".join(whiskers)}"/>')
     window = window_of(curve.points) if curve.smooth else 1
     if window > 1:
         drawn.append(f'<polyline class="raw" points="{_path(places)}"/>')
         places = [(at_x(x), at_y(y)) for x, y in moving_mean(curve.points, window)]
-    drawn.append(f'<polyline class="{curve.style}" points="{_path(places)}"/>')
-    if len(places) <= 12:
+    if curve.joined:
+        drawn.append(f'<polyline class="{curve.style}" points="{_path(places)}"/>')
+    if len(places) <= MAX_MARKS:
         for (x, y), (step, value) in zip(places, curve.points, strict=True):
             title = escape(f"step {number(step)}: {_label(value, share)}")
             drawn.append(
@@ -135,7 +145,7 @@ def _drawn(curve: Curve, at_x: Callable[[float], float], at_y: Callable[[float],
     return "".join(drawn)
 
 
-def _y_axis(ticks: Sequence[float], at_y: Callable[[float], float], share: bool) -> str:
+def _y_axis(ticks: Sequence[float], at_y: Callable[[Real], float], share: bool) -> str:
     return "".join(
         f'<path class="grid" d="M{LEFT} {at_y(tick):.1f}H{WIDTH - RIGHT}"/>'
         f'<text x="{LEFT - 6}" y="{at_y(tick) + 4:.1f}" text-anchor="end">{escape(_label(tick, share))}</text>'
@@ -143,7 +153,7 @@ def _y_axis(ticks: Sequence[float], at_y: Callable[[float], float], share: bool)
     )
 
 
-def _x_axis(ticks: Sequence[float], at_x: Callable[[float], float]) -> str:
+def _x_axis(ticks: Sequence[float], at_x: Callable[[Real], float]) -> str:
     return "".join(
         f'<text x="{at_x(tick):.1f}" y="{HEIGHT - 6}" text-anchor="middle">{escape(number(tick))}</text>'
         for tick in ticks
@@ -159,7 +169,7 @@ def _said(curves: Sequence[Curve], share: bool) -> str:
     )
 
 
-def _label(value: float, share: bool) -> str:
+def _label(value: Real, share: bool) -> str:
     return f"{number(round(100 * value, 1))} %" if share else number(value)
 
 
@@ -184,18 +194,18 @@ def _thinned(curve: Curve) -> Curve:
     return Curve(name=curve.name, points=points, style=curve.style, smooth=curve.smooth, worst=curve.worst)
 
 
-def _range(values: Sequence[float]) -> tuple[float, float]:
+def _range(values: Sequence[Real]) -> tuple[float, float]:
     """Smallest and largest, apart."""
     low, high = min(values), max(values)
     if low == high:
         room = abs(low) / 2 or 0.5
         return low - room, high + room
-    return low, high
+    return float(low), float(high)
 
 
-def _share_range(values: Sequence[float]) -> tuple[float, float]:
+def _share_range(values: Sequence[Real]) -> tuple[float, float]:
     """From 0 to 1 where the values fill it; a small share gets a smaller axis that still starts at 0."""
-    return 0.0, (1.0 if max(values) > 0.5 else max(max(values), 0.01))
+    return 0.0, (1.0 if max(values) > 0.5 else float(max(*values, 0.01)))
 
 
 def _ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
@@ -208,7 +218,7 @@ def _ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
     return [index * step for index in range(first, last + 1)]
 
 
-def _log_ticks(values: Sequence[float]) -> list[float]:
+def _log_ticks(values: Sequence[Real]) -> list[float]:
     """Powers of ten that cover the values, at most about five."""
     low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
     high = max(high, low + 1)

@@ -54,7 +54,7 @@ class Record:
 
     config, environment: as written at the start, {} where missing
     train:      one row per optimiser step
-    accuracies: held-out evaluations by step
+    accuracies: held-out evaluations by step; validation: those on the third set of problems
     pairs:      the problems of the first and the last evaluation, where both have answers
     group:      the samples of one problem of the newest step
     notes:      what could not be read
@@ -65,6 +65,8 @@ class Record:
     environment: Row
     train: Sequence[Row]
     accuracies: Sequence[Accuracy]
+    validation: Sequence[Accuracy]
+    seconds_evaluating: float
     pairs: Sequence[Pair]
     group: Sequence[Row]
     notes: Sequence[str]
@@ -86,7 +88,7 @@ class Record:
 
     def points(self, name: str) -> list[tuple[float, float]]:
         """(step, value) of a training metric, where it is there and finite."""
-        values = [(row["step"], _number(row.get(name))) for row in self.train]
+        values = [(float(row["step"]), _number(row.get(name))) for row in self.train]
         return [(step, value) for step, value in values if value is not None]
 
     def total(self, name: str) -> float:
@@ -99,14 +101,16 @@ def read_run(folder: str | Path) -> Record:
     folder = open_run(folder).folder
     notes: list[str] = []
     metrics = _lines(folder / "metrics.jsonl", notes)
-    held_out = [row for row in metrics if row.get("kind") == "eval" and row.get("split", "held_out") == "held_out"]
+    evals = [row for row in metrics if row.get("kind") == "eval"]
     steps = {row["step"]: row for row in metrics if row.get("kind") == "train" and _number(row.get("step")) is not None}
     return Record(
         folder=folder,
         config=_object(folder / "config.json", notes),
         environment=_object(folder / "environment.json", notes),
         train=[steps[step] for step in sorted(steps)],
-        accuracies=sorted(_accuracies(held_out), key=lambda accuracy: accuracy.step),
+        accuracies=_accuracies(evals, "held_out"),
+        validation=_accuracies(evals, "validation"),
+        seconds_evaluating=math.fsum(_number(row.get("seconds")) or 0.0 for row in evals),
         pairs=_pairs(_lines(folder / "evals.jsonl", notes)),
         group=_newest_group(_lines(folder / "samples.jsonl", notes, tail=TAIL_BYTES)),
         notes=notes,
@@ -145,7 +149,7 @@ def flat(value: Any, prefix: str = "") -> Iterable[tuple[str, str]]:
 
 def _number(value: Any) -> float | None:
     """A finite number, or None."""
-    return value if isinstance(value, int | float) and math.isfinite(value) else None
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def _object(path: Path, notes: list[str]) -> Row:
@@ -183,20 +187,23 @@ def _lines(path: Path, notes: list[str], *, tail: int = 0) -> list[Row]:
     return rows
 
 
-def _accuracies(rows: Iterable[Row]) -> Iterable[Accuracy]:
-    """Evaluations that have a value; an interval that was not recorded is computed."""
+def _accuracies(rows: Iterable[Row], split: str) -> list[Accuracy]:
+    """Evaluations on a split that have a value, by step; an interval that was not recorded is computed."""
+    found = []
     for row in rows:
         value, low, high = (_number(row.get(name)) for name in ("accuracy", "low", "high"))
         step, n = _number(row.get("step")), int(_number(row.get("n")) or 0)
-        if value is None or step is None:
+        if value is None or step is None or row.get("split", "held_out") != split:
             continue
         if low is None or high is None:
             low, high = wilson(round(value * n), n) if n else (0.0, 1.0)
-        yield Accuracy(int(step), value, low, high, n)
+        found.append(Accuracy(int(step), value, low, high, n))
+    return sorted(found, key=lambda accuracy: accuracy.step)
 
 
 def _pairs(rows: Sequence[Row]) -> list[Pair]:
-    steps = sorted({row["step"] for row in rows if _number(row.get("step")) is not None})
+    rows = [row for row in rows if row.get("split", "held_out") == "held_out" and _number(row.get("step")) is not None]
+    steps = sorted({row["step"] for row in rows})
     if len(steps) < 2:
         return []
     first, last = (

@@ -46,7 +46,7 @@ CHARTS: Sequence[tuple[str, str, Mapping[str, tuple[str, dict[str, Any]]], dict[
     (
         "KL to the reference",
         "Distance from the starting model, nats per token, by the k3 estimator.",
-        {"kl": ("KL (k3)", {"smooth": True})},
+        {"kl_k3": ("KL (k3)", {"smooth": True})},
         {},
     ),
     (
@@ -134,7 +134,7 @@ def _view(record: Record) -> dict[str, Any]:
         "pairs": [_shown_pair(pair) for pair in _chosen(record.pairs)],
         "choice": "Shown are the first problems of each kind in the order they were asked, not a choice by hand.",
         "group": _group(record.group),
-        "command": _command(record),
+        "commands": _commands(record),
         "config": [(key, value) for key, value in flat(record.config) if key != "schema"],
         "environment": list(flat(record.environment)),
         "footer": f"Written by Rung {__version__} from {record.folder.resolve().name}/. "
@@ -182,7 +182,7 @@ def _tiles(record: Record) -> list[tuple[str, str]]:
     """The run in a few numbers; those that are not known are left out."""
     tiles = [("steps", f"{len(record.train)}" + (f" / {record.num_steps}" if record.num_steps else ""))]
     if rewards := record.points("reward"):
-        tiles.append(("reward, first → last step", f"{number(rewards[0][1])} → {number(rewards[-1][1])}"))
+        tiles.append(("reward, first → last step", f"{rewards[0][1]:.2f} → {rewards[-1][1]:.2f}"))
     tokens, sampling = record.total("tokens"), record.total("seconds_prefill") + record.total("seconds_decode")
     if tokens:
         tiles.append(("tokens sampled", f"{tokens:,.0f}"))
@@ -191,9 +191,9 @@ def _tiles(record: Record) -> list[tuple[str, str]]:
     if seconds := record.total("seconds"):
         tiles.append(("time in steps", _duration(seconds)))
     if gaps := record.points("gap_max"):
-        tiles.append(("largest log-prob gap", f"{max(gap for _, gap in gaps):.1e}"))
+        tiles.append(("largest log-prob gap", f"{max(gap for _, gap in gaps):.2g} nats"))
     if unknown := record.total("unknown"):
-        tiles.append(("grades unknown", f"{unknown:,.0f}"))
+        tiles.append(("grades unknown", _percent(unknown / len(record.train))))
     return tiles
 
 
@@ -202,20 +202,15 @@ def _charts(record: Record) -> tuple[list[dict[str, Any]], list[str]]:
     from markupsafe import Markup
 
     drawn, absent = [], []
-    if held_out := record.accuracies:
-        curve = Curve(
-            name="held-out accuracy",
-            points=[(accuracy.step, accuracy.value) for accuracy in held_out],
-            low=[accuracy.low for accuracy in held_out],
-            high=[accuracy.high for accuracy in held_out],
-        )
+    if measured := [part for part in (record.accuracies, record.validation) if part]:
+        curves = [_accuracy_curve(part, held_out=part is record.accuracies) for part in measured]
         caption = (
-            f"On {held_out[-1].n} problems that are never trained on. Band and whiskers: 95 % Wilson score interval."
+            "Greedy answers to problems that are never trained on. Whiskers: 95 % Wilson score interval over "
+            + " and ".join(f"{part[-1].n} {curve.name}" for part, curve in zip(measured, curves, strict=True))
+            + " problems."
         )
-        drawing = Markup(chart([curve], share=True))
-        drawn.append(
-            {"title": "Held-out accuracy", "svg": drawing, "caption": caption, "legend": [("line", "accuracy")]}
-        )
+        drawing, legend = Markup(chart(curves, share=True)), [(curve.style, curve.name) for curve in curves]
+        drawn.append({"title": "Accuracy", "svg": drawing, "caption": caption, "legend": legend})
     for title, caption, metrics, axis in CHARTS:
         curves = [Curve(name=name, points=record.points(metric), **style) for metric, (name, style) in metrics.items()]
         svg = chart(curves, **axis)
@@ -225,6 +220,17 @@ def _charts(record: Record) -> tuple[list[dict[str, Any]], list[str]]:
         elif not any(curve.points for curve in curves):
             absent.append(title.lower())
     return drawn, absent if drawn else []
+
+
+def _accuracy_curve(measured: Sequence[Accuracy], *, held_out: bool) -> Curve:
+    return Curve(
+        name="held-out" if held_out else "validation",
+        points=[(accuracy.step, accuracy.value) for accuracy in measured],
+        low=[accuracy.low for accuracy in measured],
+        high=[accuracy.high for accuracy in measured],
+        style="line" if held_out else "second",
+        joined=len(measured) > 2,
+    )
 
 
 def _smoothing(record: Record) -> str:
@@ -258,9 +264,8 @@ def _time(record: Record) -> dict[str, Any] | None:
         }
         for name, seconds in parts
     ]
-    note = (
-        f"{_duration(total)} in {steps} {'step' if steps == 1 else 'steps'}; evaluations and checkpoints are not in it."
-    )
+    note = f"{_duration(total)} in {steps} {'step' if steps == 1 else 'steps'}. Checkpoints are not in it"
+    note += f", nor are evaluations, which took {_duration(record.seconds_evaluating)}."
     return {"svg": Markup(bars(parts)), "rows": rows, "note": note}
 
 
@@ -303,11 +308,13 @@ def _group(rows: Sequence[Row]) -> dict[str, Any] | None:
     }
 
 
-def _command(record: Record) -> str:
-    """What to type for the same run again, and what was typed for this one where that is known."""
-    again = shlex.join(["rung", "train", str(record.folder / "config.json"), "--name", f"{record.name}-again"])
-    typed = record.environment.get("command")
-    return f"{again}\n# this run was started by: {typed}" if isinstance(typed, str) and typed else again
+def _commands(record: Record) -> str:
+    """What to type to try the model, and for the same run again."""
+    lines = []
+    if (record.folder / "model").is_dir():
+        lines.append(["rung", "generate", str(record.folder / "model"), "What is 12 + 34?"])
+    lines.append(["rung", "train", str(record.folder / "config.json"), "--name", f"{record.name}-again"])
+    return "\n".join(map(shlex.join, lines))
 
 
 def _cut(text: str) -> str:

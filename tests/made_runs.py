@@ -10,12 +10,12 @@ from rung.report.load import wilson
 from rung.train.config import GroupRL, TaskSpec
 
 RECIPE = GroupRL(name="made-up", task=TaskSpec(name="arithmetic", options={"digits": 2}), num_steps=60, eval_every=20)
-ENVIRONMENT = {"rung": "0.1.0", "torch": "2.13.0", "cpu": "a made-up machine", "threads": 2, "command": "rung train x"}
+ENVIRONMENT = {"rung": "0.1.0", "torch": "2.13.0", "cpu": "a made-up machine", "threads": 2}
 
 
-def eval_row(step: int, right: int, n: int) -> dict:
+def eval_row(step: int, right: int, n: int, split: str = "held_out") -> dict:
     low, high = wilson(right, n)
-    return {"kind": "eval", "step": step, "split": "held_out", "accuracy": right / n, "low": low, "high": high, "n": n}
+    return {"kind": "eval", "step": step, "split": split, "accuracy": right / n, "low": low, "high": high, "n": n}
 
 
 def train_row(step: int, of: int, noise: random.Random) -> dict:
@@ -28,7 +28,7 @@ def train_row(step: int, of: int, noise: random.Random) -> dict:
         "right": reward,
         "length": 9 - 6 * done + noise.gauss(0, 0.3),
         "entropy": 1.2 * math.exp(-3 * done) + abs(noise.gauss(0, 0.03)),
-        "kl": 0.4 * done + abs(noise.gauss(0, 0.01)),
+        "kl_k3": 0.4 * done + abs(noise.gauss(0, 0.01)),
         "clip_share": 0.0,
         "no_signal": abs(2 * done - 1) * 0.6,
         "gap_mean": 2e-3 * math.exp(noise.gauss(0, 0.2)),
@@ -73,10 +73,10 @@ def finished_run(folder: Path, steps: int = 60) -> RunDir:
     """A whole run that went well, evaluated at the start, at each third, and at the end."""
     run = create(folder, replace(RECIPE, num_steps=steps), ENVIRONMENT)
     noise = random.Random(0)
-    for step in range(steps):
+    for step in range(1, steps + 1):
         run.append("metrics", [train_row(step, steps, noise)])
-    thirds = [0, steps // 3, 2 * steps // 3, steps]
-    run.append("metrics", [eval_row(step, right, 500) for step, right in zip(thirds, (62, 240, 455, 487), strict=True)])
+    run.append("metrics", [eval_row(0, 62, 500), eval_row(steps, 487, 500)])
+    run.append("metrics", [eval_row(steps // 3 * k, right, 128, "validation") for k, right in ((1, 62), (2, 117))])
     run.append("evals", [*answers(0, 1, 40), *answers(steps, 9, 40)])
-    run.append("samples", samples(steps - 1))
+    run.append("samples", samples(steps))
     return run
