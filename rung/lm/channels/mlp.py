@@ -1,14 +1,15 @@
 """The gated feed-forward layer."""
 
+from typing import Any
+
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.utils import skip_init
 
 from rung.core.shapes import Float, Tensor
 from rung.lm.config import MLPSpec
-
-ACTIVATIONS = {"silu": F.silu}
 
 
 class MLP(nn.Module):
@@ -16,11 +17,38 @@ class MLP(nn.Module):
 
     def __init__(self, spec: MLPSpec, width: int, dtype: torch.dtype, device: torch.device | None = None) -> None:
         super().__init__()
-        kind = {"bias": spec.bias, "dtype": dtype, "device": device}
-        self.gate_up = skip_init(nn.Linear, width, 2 * spec.width, **kind)
-        self.down = skip_init(nn.Linear, spec.width, width, **kind)
-        self.activation = ACTIVATIONS[spec.activation]
+        self.gate_up = skip_init(nn.Linear, width, 2 * spec.width, bias=spec.bias, dtype=dtype, device=device)
+        self.down = skip_init(nn.Linear, spec.width, width, bias=spec.bias, dtype=dtype, device=device)
+        self.gate = GATES[spec.activation]
 
     def forward(self, x_TD: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
-        gate_TF, up_TF = self.gate_up(x_TD).chunk(2, -1)
-        return self.down(self.activation(gate_TF) * up_TF)
+        return self.down(self.gate(self.gate_up(x_TD)))
+
+
+def silu_gate(gate_up_TE: Float[Tensor, "T E"]) -> Float[Tensor, "T F"]:
+    """silu(gate) * up of the two halves of the last dimension."""
+    if torch.is_grad_enabled():
+        return _SiluGate.apply(gate_up_TE)
+    gate_TF, up_TF = gate_up_TE.chunk(2, -1)
+    return F.silu(gate_TF).mul_(up_TF)
+
+
+class _SiluGate(torch.autograd.Function):
+    """Keeps gate and up alone for the backward pass; autograd would keep silu(gate) too."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up_TE: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up_TE)
+        gate_TF, up_TF = gate_up_TE.chunk(2, -1)
+        return F.silu(gate_TF).mul_(up_TF)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout_TF: Tensor) -> Tensor:
+        (gate_up_TE,) = ctx.saved_tensors
+        gate_TF, up_TF = gate_up_TE.chunk(2, -1)
+        dgate_TF = torch.ops.aten.silu_backward(dout_TF * up_TF, gate_TF)
+        return torch.cat((dgate_TF, F.silu(gate_TF).mul_(dout_TF)), -1)
+
+
+GATES = {"silu": silu_gate}
