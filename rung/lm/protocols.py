@@ -6,7 +6,7 @@ key-value cache could roll back by leaving dead rows, a recurrent mixer could no
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -14,6 +14,7 @@ from rung.core.records import Layout
 from rung.core.shapes import Float, Int, Tensor
 
 
+@runtime_checkable
 class State(Protocol):
     """Cached rows of `slots` sequences, up to `capacity` rows each.  Slots are preallocated."""
 
@@ -32,6 +33,7 @@ class State(Protocol):
         """Forget all rows of these slots."""
 
 
+@runtime_checkable
 class Mixer(Protocol):
     """Moves information between tokens.  `branches` False (recurrent): accepts chains only."""
 
@@ -41,6 +43,7 @@ class Mixer(Protocol):
         """A token sees its ancestors and its slot's committed rows."""
 
 
+@runtime_checkable
 class Decoder(Protocol):
     """Tokens in, hidden states out; the head is apart, because most rows never need it."""
 
