@@ -10,7 +10,7 @@ are disjoint whatever the order or the seed, and a generator of a billion proble
 
 import hashlib
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from rung.core.errors import TaskError
 from rung.core.keys import GOLDEN, MASK, derive_key, mix64
@@ -21,6 +21,7 @@ SPLITS: tuple[Split, ...] = ("train",) * 7 + ("validation",) + ("held_out",) * 2
 FEISTEL_ROUNDS = 4  # enough for a pseudo-random permutation  [Luby & Rackoff 1988]
 
 
+@runtime_checkable
 class Task(Protocol):
     """A finite, indexed set of problems (it may be astronomically large) and their verifier."""
 
