@@ -5,8 +5,6 @@ packed   chains and shared prompts without committed rows: the learner's batch, 
 plain    every forest: trees, chunks behind committed rows, mixtures
 """
 
-from typing import Protocol
-
 import torch
 from torch import nn
 from torch.nn.utils import skip_init
@@ -19,11 +17,7 @@ from rung.lm.mixers.plain import PlainPlan
 from rung.lm.mixers.step import StepPlan, is_step
 from rung.lm.state import Placement
 
-
-class Plan(Protocol):
-    """Attention of one forward: from the fused projections [T, (H + 2K) d] and one layer's cache to [T, H d]."""
-
-    def attend(self, qkv_TE: Float[Tensor, "T E"], rows: Tensor | None) -> Float[Tensor, "T O"]: ...
+Plan = StepPlan | PackedPlan | PlainPlan
 
 
 def choose_plan(layout: Layout, spec: AttentionSpec, new: Placement | None, like: Tensor) -> Plan:
