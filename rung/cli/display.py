@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, TextIO
+from typing import Any
 
 from rung.core.progress import Progress
 from rung.report.visible import one_line, visible
@@ -28,25 +28,25 @@ STAGE_WORDS = {
 }
 METRIC_WORDS = {
     "reward": "reward",
-    "right": "right",
     "accuracy": "held-out accuracy",
     "tokens_per_second": "tokens/s",
     "length": "length",
 }
-SHARES = ("accuracy", "right")  # shown in per cent
+SHARES = ("accuracy",)  # shown in per cent
 
 
 class Display:
     """A context manager and a listener.
 
-    stream: where lines go; live: draw a panel that moves (default: when the stream is a terminal)
+    stream: a text stream, where lines go (default: stderr)
+    live:   draw a panel that moves (default: when the stream is a terminal)
     finish: a first Ctrl-C lets the job come to a good end; else it stops at once
     clock:  seconds, for the pace of plain lines only
     """
 
     def __init__(
         self,
-        stream: TextIO | None = None,
+        stream: Any = None,
         *,
         live: bool | None = None,
         finish: bool = False,
@@ -106,7 +106,7 @@ class Display:
         starts, ends = news.stage != self._stage, news.total > 0 and news.done >= news.total
         if starts or ends or now - self._shown_at >= PLAIN_SECONDS:
             self._stage, self._shown_at = news.stage, now
-            self.say(plain_line(news))
+            self.say(plain_line(news, self.metrics if news.stage == "train" else news.metrics))
 
     def _interrupted(self, *_: object) -> None:
         if self._stopping:
@@ -115,18 +115,18 @@ class Display:
         self.say("Stopping after this step; Ctrl-C again stops at once.")
 
 
-def plain_line(news: Progress) -> str:
-    """One piece of news on one line."""
+def plain_line(news: Progress, metrics: Mapping[str, float]) -> str:
+    """One piece of news and these numbers on one line."""
     parts = [STAGE_WORDS.get(news.stage, one_line(news.stage))]
     if news.total or news.done:
         parts[0] += f" {_count(news)}"
-    parts += [f"{METRIC_WORDS[name]} {_number(name, value)}" for name, value in _known(news.metrics)]
+    parts += [f"{METRIC_WORDS[name]} {_number(name, value)}" for name, value in _known(metrics)]
     if news.seconds_left is not None:
         parts.append(f"{duration(news.seconds_left)} left")
     return "  ".join(parts)
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: int | float) -> str:
     """Seconds as a person says them: 42 s, 3 min 05 s, 2 h 10 min."""
     whole = max(0, round(seconds))
     if whole < 60:
