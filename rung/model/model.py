@@ -93,7 +93,7 @@ def new_model(decoder: Decoder, name: str = "new", text: Tokenizer | None = None
     )
 
 
-def compute_dtype(dtype: DType, device: torch.device | str = "cpu") -> torch.dtype:
+def compute_dtype(dtype: str, device: torch.device | str = "cpu") -> torch.dtype:
     """What `auto` means here: bf16 on a GPU and on a CPU with AMX-BF16 or AVX512-BF16, else fp32."""
     if dtype != "auto":
         if dtype not in DTYPES:
