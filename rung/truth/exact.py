@@ -8,6 +8,7 @@ is meant for objectives of others as much as for those of `rung.objectives`.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -77,12 +78,11 @@ def outcomes(
         accepted = sum(likelihood for likelihood, _ in groups)
         of_prompts.append([(likelihood / accepted, group) for likelihood, group in groups])
     steps = []
-    for groups in itertools.product(*of_prompts):
-        samples = tuple(sample for _, group in groups for sample in group)
+    for step in itertools.product(*of_prompts):
+        samples = tuple(sample for _, group in step for sample in group)
         tokens = sum(int(s.trainable.sum()) for s in samples)
-        likelihood = float(torch.tensor([p for p, _ in groups], dtype=torch.float64).prod())
-        counts = Counts(tokens=tokens, sequences=len(samples), groups=len(groups))
-        steps.append(Outcome(likelihood, samples, counts))
+        counts = Counts(tokens=tokens, sequences=len(samples), groups=len(step))
+        steps.append(Outcome(math.prod(likelihood for likelihood, _ in step), samples, counts))
     return steps
 
 
@@ -99,8 +99,8 @@ def expected_gradient(
         parts.setdefault(step.counts if together else number, []).append(step)
     logits_NV = policy.logits_NV.detach().requires_grad_()
     varied = TablePolicy(policy.world, logits_NV)
-    loss = sum(_expected_loss(objective, varied, part) for part in parts.values())
-    return torch.autograd.grad(loss, logits_NV)[0]
+    losses = [_expected_loss(objective, varied, part) for part in parts.values()]
+    return torch.autograd.grad(torch.stack(losses).sum(), logits_NV)[0]
 
 
 def gradient(function: Callable[[TablePolicy], Tensor], policy: TablePolicy) -> Float[Tensor, "N V"]:

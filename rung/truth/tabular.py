@@ -31,7 +31,8 @@ class World:
 
     def completions(self) -> list[tuple[int, ...]]:
         """All of them, each once."""
-        ended, open_ = [], [()]
+        ended: list[tuple[int, ...]] = []
+        open_: list[tuple[int, ...]] = [()]
         for _ in range(self.max_tokens):
             longer = [(*head, token) for head in open_ for token in range(self.vocabulary)]
             ended += [c for c in longer if c[-1] == self.eos]
