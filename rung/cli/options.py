@@ -155,7 +155,8 @@ def help_text(command: str, summary: str, groups: Mapping[str, Sequence[Option]]
     """Usage, summary, and a table of every option, as wide as the terminal (at most MAX_WIDTH columns)."""
     width = min(shutil.get_terminal_size((MAX_WIDTH, 24)).columns, MAX_WIDTH)
     places = [option for group in groups.values() for option in group if option.required]
-    usage = " ".join([f"usage: {command}", *(option.placeholder for option in places), "[options]"])
+    end = ["[options]"] if any(not option.required for group in groups.values() for option in group) else []
+    usage = " ".join([f"usage: {command}", *(option.placeholder for option in places), *end])
     lines = [usage, "", *textwrap.wrap(summary, width)]
     for title, group in groups.items():
         arguments = [option for option in group if option.required]
@@ -177,8 +178,8 @@ def _row(option: Option, width: int) -> list[str]:
     typed = option.placeholder if option.required else f"{option.flag} {option.placeholder}".rstrip()
     said = option.help
     if option.kind is bool:
-        typed = option.negation.replace("no-", "[no-]")
-        said = f"{said} (default: {'yes' if option.default else 'no'})"
+        typed = option.negation.replace("no-", "[no-]") if option.default else option.flag
+        said = f"{said} (default: yes)" if option.default else said
     elif option.default not in (None, "", ()):
         said = f"{said} (default: {option.default})"
     told = textwrap.wrap(said.strip(), max(width - FLAG_WIDTH, 20)) or [""]

@@ -41,17 +41,20 @@ class Curve:
     worst: bool = False
 
 
-def chart(curves: Sequence[Curve], *, share: bool = False, log: bool = False) -> str:
+def chart(
+    curves: Sequence[Curve], *, share: bool = False, log: bool = False, span: tuple[Real, Real] | None = None
+) -> str:
     """An SVG drawing of these curves over the step.
 
     share: values are shares, written in per cent, and the axis is cut at 0 and 1
     log:   logarithmic axis; values that are not positive are left out
+    span:  first and last step of the axis; default: those of the curves
     """
     curves = [_thinned(_positive(curve) if log else curve) for curve in curves]
     curves = [curve for curve in curves if curve.points]
     if not curves:
         return ""
-    x_low, x_high = _range([x for curve in curves for x, _ in curve.points])
+    x_low, x_high = _range(span or [x for curve in curves for x, _ in curve.points])
     values = [y for curve in curves for y in (*(y for _, y in curve.points), *curve.low, *curve.high)]
     ticks = _log_ticks(values) if log else _ticks(*_share_range(values)) if share else _ticks(*_range(values))
     y_low, y_high = ticks[0], ticks[-1]

@@ -18,6 +18,7 @@ from rung.report.visible import visible
 
 MAX_TEXT = 2000  # characters of a model's text that are shown
 PAIRS_OF_A_KIND = {"became right": 6, "still wrong": 4, "became wrong": 4, "still right": 2}  # shown, at most
+EVAL_FLAGS = {"max_tokens": "--max-tokens", "eval_problems": "--problems", "dtype": "--dtype"}
 MAX_GROUP = 8  # samples of the group that is shown
 PHASES = {"prefill": "prompts (prefill)", "decode": "sampling (decode)", "grade": "grading", "learn": "learning"}
 
@@ -202,6 +203,8 @@ def _charts(record: Record) -> tuple[list[dict[str, Any]], list[str]]:
     from markupsafe import Markup
 
     drawn, absent = [], []
+    steps = [*(row["step"] for row in record.train), *(a.step for a in (*record.accuracies, *record.validation))]
+    span = (min(steps), max(steps)) if steps else None
     if measured := [part for part in (record.accuracies, record.validation) if part]:
         curves = [_accuracy_curve(part, held_out=part is record.accuracies) for part in measured]
         caption = (
@@ -209,11 +212,11 @@ def _charts(record: Record) -> tuple[list[dict[str, Any]], list[str]]:
             + " and ".join(f"{part[-1].n} {curve.name}" for part, curve in zip(measured, curves, strict=True))
             + " problems."
         )
-        drawing, legend = Markup(chart(curves, share=True)), [(curve.style, curve.name) for curve in curves]
+        drawing, legend = Markup(chart(curves, share=True, span=span)), [(curve.style, curve.name) for curve in curves]
         drawn.append({"title": "Accuracy", "svg": drawing, "caption": caption, "legend": legend})
     for title, caption, metrics, axis in CHARTS:
         curves = [Curve(name=name, points=record.points(metric), **style) for metric, (name, style) in metrics.items()]
-        svg = chart(curves, **axis)
+        svg = chart(curves, span=span, **axis)
         if svg:
             keys = [(curve.style, curve.name) for curve in curves if curve.points]
             drawn.append({"title": title, "svg": Markup(svg), "caption": caption, "legend": keys})
@@ -247,6 +250,7 @@ def _time(record: Record) -> dict[str, Any] | None:
     from markupsafe import Markup
 
     parts = [(name, record.total(f"seconds_{phase}")) for phase, name in PHASES.items()]
+    parts = [(name, seconds) for name, seconds in parts if seconds > 0]
     whole = record.total("seconds")
     known = sum(seconds for _, seconds in parts)
     if whole > known:
@@ -309,10 +313,14 @@ def _group(rows: Sequence[Row]) -> dict[str, Any] | None:
 
 
 def _commands(record: Record) -> str:
-    """What to type to try the model, and for the same run again."""
+    """What to type to measure the model, and for the same run again."""
     lines = []
-    if (record.folder / "model").is_dir():
-        lines.append(["rung", "generate", str(record.folder / "model"), "What is 12 + 34?"])
+    task = record.config.get("task")
+    if (record.folder / "model").is_dir() and isinstance(task, Mapping):
+        model = str(record.folder / "model")
+        lines.append(["rung", "eval", model, str(task.get("name"))])
+        lines[-1] += [f"{flag}={record.config[name]}" for name, flag in EVAL_FLAGS.items() if name in record.config]
+        lines[-1] += [f"--task.options.{key.replace('_', '-')}={value}" for key, value in flat(task.get("options", {}))]
     lines.append(["rung", "train", str(record.folder / "config.json"), "--name", f"{record.name}-again"])
     return "\n".join(map(shlex.join, lines))
 

@@ -138,7 +138,7 @@ def test_help_says_of_every_option_what_it_means_and_what_it_is_otherwise(monkey
         "--wheels": "how many of them (default: 6)",  # one line of the docstring for two fields, and continued
         "--doors": "how many of them (default: 0)",  # zero is a default too
         "--name": "painted on its side",
-        "--[no-]loud": "(default: yes)",
+        "--[no-]loud": "(default: yes)",  # what is on can be switched off
         "--engine.power": " FLOAT in kilowatts (default: 2.0)",
         "--engine.fuel": " NAME what it burns: coal, oil or wood (default: coal)",
         "--extras.bells": " INT (default: 2)",
