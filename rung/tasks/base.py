@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Literal, Protocol, runtime_checkable
 
 from rung.core.errors import TaskError
-from rung.core.keys import GOLDEN, MASK, derive_key, mix64
+from rung.core.keys import GOLDEN, MASK, MIX_1, derive_key, mix64
 from rung.core.words import Answer, Grade, Message, Problem
 
 Split = Literal["train", "validation", "held_out"]
@@ -82,7 +82,7 @@ def permuted(index: int, size: int, key: int) -> int:
     while True:
         left, right = index >> half, index & mask
         for turn in range(FEISTEL_ROUNDS):
-            left, right = right, left ^ (mix64(key ^ mix64(right) ^ (turn * GOLDEN & MASK)) & mask)
+            left, right = right, left ^ (mix64((key + right * GOLDEN + turn * MIX_1) & MASK) & mask)
         index = left << half | right
         if index < size:
             return index

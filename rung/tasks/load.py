@@ -177,7 +177,7 @@ def _run(name: str, place: str, action: Callable[[], Any]) -> Any:
 
 def where(error: BaseException, place: str) -> str:
     """An exception in one line, with the last line of the file `place` that it came through."""
-    what = traceback.format_exception_only(error)[-1].strip()
+    what = " ".join(traceback.format_exception_only(error)[-1].split())
     if isinstance(error, SyntaxError):
         return f"{what} ({error.filename}, line {error.lineno})"
     frames = traceback.extract_tb(error.__traceback__)

@@ -52,9 +52,9 @@ class Grader:
     def grade(self, answers: Sequence[Answer]) -> list[Grade]:
         """One grade per answer.  An answer that fails the verifier is judged by the problem's known-good answer."""
         self._broken = ""
-        controls: dict[str, str] = {}
+        hopeless: dict[str, str] = {}
         outcomes = self._outcomes(answers)
-        return [self._judge(answer, outcome, controls) for answer, outcome in zip(answers, outcomes, strict=True)]
+        return [self._judge(answer, outcome, hopeless) for answer, outcome in zip(answers, outcomes, strict=True)]
 
     def close(self) -> None:
         self._child.kill()
@@ -86,23 +86,35 @@ class Grader:
         if not self._child.alive and not self._broken:
             try:
                 self._child = _Child(self._setup)
-            except TaskError as error:
+            except (TaskError, OSError) as error:
                 self._broken = str(error)
         return not self._broken
 
-    def _judge(self, answer: Answer, outcome: "Grade | _Failure", controls: dict[str, str]) -> Grade:
-        if isinstance(outcome, _Failure) and outcome.lost:  # perhaps by accident: once more
-            (outcome,) = self._outcomes([answer])
-        if isinstance(outcome, Grade):
-            return outcome
+    def _living(self) -> "_Child | None":
+        return self._child if self._child.alive else None
+
+    def _judge(self, answer: Answer, outcome: "Grade | _Failure", hopeless: dict[str, str]) -> Grade:
+        """What a failure means.  `hopeless`: problems whose known-good answer fails, and how; filled as it goes."""
+        if isinstance(outcome, _Failure) and outcome.child is not None and outcome.child is not self._living():
+            (outcome,) = self._outcomes([answer])  # perhaps an accident, or an earlier answer's doing: once more
         problem = answer.problem
-        if problem.id not in controls:
+        for attempt in range(2):
+            if isinstance(outcome, Grade):
+                return outcome
+            if problem.id in hopeless:
+                break
+            survived = self._child.alive
             (control,) = self._outcomes([replace(answer, text=problem.answer or "", stop="eos")])
-            controls[problem.id] = "" if isinstance(control, Grade) and control.known else _reason(control)
-        if controls[problem.id]:
-            kind = "an empty answer" if problem.answer is None else "the known-good answer"
-            return unknown(f"{outcome.reason}; {kind} to the same problem fails too: {controls[problem.id]}")
-        return Grade(score=0.0, error=outcome.reason)
+            if isinstance(control, Grade) and control.known:
+                return Grade(score=0.0, error=outcome.reason)
+            if not survived or attempt:
+                hopeless[problem.id] = control.error if isinstance(control, Grade) else control.reason
+            else:  # an earlier answer may have left the child in ruins: once more, in a new one
+                self._child.kill()
+                (outcome,) = self._outcomes([answer])
+        assert isinstance(outcome, _Failure)
+        kind = "an empty answer" if problem.answer is None else "the known-good answer"
+        return unknown(f"{outcome.reason}; {kind} to the same problem fails too: {hopeless[problem.id]}")
 
 
 class UnknownWatch:
@@ -145,14 +157,10 @@ class UnknownWatch:
 
 @dataclass(frozen=True)
 class _Failure:
-    """A verifier that gave no grade; lost: the child died, which need not be the answer's doing."""
+    """A verifier that gave no grade, and the child that failed; None after a time-out: nobody waits for that twice."""
 
     reason: str
-    lost: bool = False
-
-
-def _reason(outcome: Grade | _Failure) -> str:
-    return outcome.error if isinstance(outcome, Grade) else outcome.reason
+    child: "_Child | None" = None
 
 
 class _Child:
@@ -186,7 +194,7 @@ class _Child:
         if isinstance(message, _Failure):
             self.kill()
             return message
-        return decode(Grade, message["grade"]) if "grade" in message else _Failure(message["error"])
+        return decode(Grade, message["grade"]) if "grade" in message else _Failure(message["error"], self)
 
     def kill(self) -> None:
         self.alive = False
@@ -216,13 +224,14 @@ class _Child:
             if out in ready:
                 data = os.read(out, 1 << 16)
                 if not data:
-                    return _Failure(self._epitaph(), lost=True)
+                    return self._epitaph()
                 self._buffer += data
         line, _, self._buffer = self._buffer.partition(b"\n")
         return json.loads(line)
 
-    def _epitaph(self) -> str:
+    def _epitaph(self) -> _Failure:
         code = self._process.wait()
         cause = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
         last = self._tail.decode(errors="replace").strip().rpartition("\n")[2]
-        return f"the verifier's process ended {cause}" + (f", after {last!r}" if last else "")
+        reason = f"the verifier's process ended {cause}" + (f", after {last!r}" if last else "")
+        return _Failure(reason, None if code == -signal.SIGXCPU else self)  # SIGXCPU: its computing time was up
