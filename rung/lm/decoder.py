@@ -12,6 +12,7 @@ from rung.core.records import Layout
 from rung.core.shapes import Float, Int, Tensor
 from rung.lm.block import Block
 from rung.lm.config import DecoderConfig
+from rung.lm.linear import KeptBlocks, Linear
 from rung.lm.norm import RMSNorm
 from rung.lm.state import KVState
 
@@ -32,10 +33,8 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.branches = all(block.mixer.branches for block in blocks)  # may a layout hold trees, or chains only?
         self.norm = RMSNorm(config.width, config.norm_eps, dtype, place)
-        self.unembedding: nn.Linear | None = None
-        if not config.tied:
-            kind = {"bias": False, "dtype": dtype, "device": place}
-            self.unembedding = skip_init(nn.Linear, config.width, config.vocab_size, **kind)
+        self.unembedding = None if config.tied else Linear(config.width, config.vocab_size, False, dtype, place)
+        self.kept_head = KeptBlocks()
 
     @torch.no_grad()
     def init_(self, generator: torch.Generator) -> "Decoder":
@@ -68,7 +67,7 @@ class Decoder(nn.Module):
 
     def head(self, hidden_ND: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
         """Logits in the compute dtype."""
-        return nn.functional.linear(hidden_ND, self.head_weight())
+        return self.kept_head.linear(hidden_ND, self.head_weight())
 
     def head_weight(self) -> Float[Tensor, "V D"]:
         """The head's matrix: the embedding itself where the two are tied."""

@@ -39,8 +39,12 @@ class Mixer(Protocol):
 
     branches: bool
 
-    def forward(self, x_TD: Float[Tensor, "T D"], layout: Layout, state: State | None = None) -> Float[Tensor, "T D"]:
-        """A token sees its ancestors and its slot's committed rows."""
+    def plan(self, layout: Layout, new: Any) -> Any:
+        """What all layers of one spec share in a forward (masks, indices, rotations); `new`: where the state puts the
+        new tokens' rows, None without a state."""
+
+    def forward(self, x_TD: Float[Tensor, "T D"], plan: Any, rows: Tensor | None) -> Float[Tensor, "T D"]:
+        """A token sees its ancestors and its slot's committed rows; `rows` is this layer's part of the state."""
 
 
 @runtime_checkable

@@ -56,7 +56,8 @@ class History:
             self.kill(slot, len(self.committed[slot]), before[slot] + len(rows))
 
     def kill(self, slot: int, start: int, stop: int = CAPACITY) -> None:
-        self.state.rows[:, :, slot, :, start:stop] = torch.nan
+        for rows in self.state.rows:
+            rows[:, slot, :, start:stop] = torch.nan
 
     def fork(self) -> None:
         source, *targets = self.rng.permutation(SLOTS)[: self.rng.integers(1, SLOTS + 1)].tolist()
@@ -113,6 +114,20 @@ def test_steps_cross_the_borders_of_the_row_buckets(prompt):
     for done in range(4):
         history.forward(Layout.chains([1, 1], starts=[prompt + done, 3 + done]), accept="all")
     assert history.state.length_S.tolist() == [prompt + 4, 7, 0, 0]
+
+
+def test_only_the_needed_rows_exist_and_the_law_holds_while_they_grow_and_shrink():
+    history = History(4)
+    sizes = []
+    for prompt in (3, 130, 5, 60):
+        history.forward(Layout.chains([prompt, 2]), accept="all")
+        for done in range(3):
+            history.forward(Layout.chains([1, 1], starts=[prompt + done, 2 + done]), accept="all")
+        sizes.append(history.state.rows[0].shape[3])
+        history.state.free(torch.arange(2))
+        history.committed |= {0: [], 1: []}
+        history.kill(0, 0), history.kill(1, 0)
+    assert sizes == [64, CAPACITY, 64, 64]  # 192 rows would be more than the capacity
 
 
 def test_a_sequence_that_overflowed_leaves_nothing_in_its_slot():

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.nn.utils import skip_init
 
 from rung.core.shapes import Float, Tensor
 from rung.lm.config import MLPSpec
+from rung.lm.linear import Linear
 
 
 class MLP(nn.Module):
@@ -17,8 +17,8 @@ class MLP(nn.Module):
 
     def __init__(self, spec: MLPSpec, width: int, dtype: torch.dtype, device: torch.device | None = None) -> None:
         super().__init__()
-        self.gate_up = skip_init(nn.Linear, width, 2 * spec.width, bias=spec.bias, dtype=dtype, device=device)
-        self.down = skip_init(nn.Linear, spec.width, width, bias=spec.bias, dtype=dtype, device=device)
+        self.gate_up = Linear(width, 2 * spec.width, spec.bias, dtype, device)
+        self.down = Linear(spec.width, width, spec.bias, dtype, device)
         self.gate = GATES[spec.activation]
 
     def forward(self, x_TD: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:

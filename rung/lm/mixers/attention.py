@@ -7,11 +7,11 @@ plain    every forest: trees, chunks behind committed rows, mixtures
 
 import torch
 from torch import nn
-from torch.nn.utils import skip_init
 
 from rung.core.records import Layout
 from rung.core.shapes import Float, Tensor
 from rung.lm.config import AttentionSpec
+from rung.lm.linear import Linear
 from rung.lm.mixers.packed import PackedPlan, pieces
 from rung.lm.mixers.plain import PlainPlan
 from rung.lm.mixers.step import StepPlan, is_step
@@ -40,8 +40,8 @@ class Attention(nn.Module):
         super().__init__()
         self.spec = spec
         inner, outer = (spec.heads + 2 * spec.kv_heads) * spec.head_dim, spec.heads * spec.head_dim
-        self.qkv = skip_init(nn.Linear, width, inner, bias=spec.bias, dtype=dtype, device=device)
-        self.out = skip_init(nn.Linear, outer, width, bias=spec.out_bias, dtype=dtype, device=device)
+        self.qkv = Linear(width, inner, spec.bias, dtype, device)
+        self.out = Linear(outer, width, spec.out_bias, dtype, device)
 
     def plan(self, layout: Layout, new: Placement | None) -> Plan:
         """What all layers of this spec share in one forward."""

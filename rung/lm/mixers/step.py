@@ -1,6 +1,6 @@
 """Attention of a decoding step: one new token for each of the slots 0 .. R-1, fillers behind them.
 
-No row is gathered and no key is repeated: slices of the cache up to a bucket of rows, the g query heads of a key-value
+No row is gathered and no key is repeated: the first R slots of the cache as they lie, the g query heads of a key-value
 head folded into the time axis, one additive mask for all layers.
 """
 
@@ -14,8 +14,6 @@ from rung.lm.config import AttentionSpec
 from rung.lm.rope import rotary_tables, rotate_
 from rung.lm.state import Placement
 
-ROW_BUCKET = 64  # rows of the cache are read in multiples of this, so that shapes (and roundings) rarely change
-
 
 @dataclass(frozen=True, eq=False)
 class StepPlan:
@@ -23,20 +21,17 @@ class StepPlan:
     cos_R1d: Tensor
     sin_R1d: Tensor
     new: Placement
-    bucket: int  # rows of the cache that are read
     mask_NgC: Tensor  # N = R * K: additive, 0 up to the new token's own row, -inf behind it
 
     @staticmethod
     def build(layout: Layout, spec: AttentionSpec, new: Placement, like: Tensor) -> "StepPlan":
         cos_R1d, sin_R1d = rotary_tables(spec.rope, spec.head_dim, layout.position_T, like)
-        longest = int(new.row_N.max()) + 1
-        bucket = min(-(-longest // ROW_BUCKET) * ROW_BUCKET, new.state.capacity)
-        new.state.scrub(len(new.slot_N), bucket)
-        dead_RC = torch.arange(bucket) > new.row_N[:, None]
+        new.state.scrub(len(new.slot_N))
+        dead_RC = torch.arange(new.state.rows[0].shape[3]) > new.row_N[:, None]
         mask_RC = torch.zeros(dead_RC.shape).masked_fill_(dead_RC, -torch.inf).to(like)
         group = spec.heads // spec.kv_heads
         mask_NgC = mask_RC[:, None, None].expand(-1, spec.kv_heads, group, -1).flatten(0, 1)
-        return StepPlan(spec, cos_R1d, sin_R1d, new, bucket, mask_NgC)
+        return StepPlan(spec, cos_R1d, sin_R1d, new, mask_NgC)
 
     def attend(self, qkv_RE: Float[Tensor, "R E"], rows: Tensor | None) -> Float[Tensor, "R O"]:
         assert rows is not None
@@ -45,7 +40,7 @@ class StepPlan:
         qkv_RHd = qkv_RE.view(-1, heads + 2 * kv_heads, head_dim)
         rotate_(qkv_RHd[:, : heads + kv_heads], self.cos_R1d, self.sin_R1d)
         rows[:, self.new.slot_N, :, self.new.row_N] = qkv_RHd[:active, heads:].unflatten(1, (2, kv_heads))
-        k_NCd, v_NCd = rows[:, :active, :, : self.bucket].flatten(1, 2)
+        k_NCd, v_NCd = rows[:, :active].flatten(1, 2)
         q_Ngd = qkv_RHd[:active, :heads].reshape(active * kv_heads, -1, head_dim)
         score_NgC = torch.baddbmm(self.mask_NgC, q_Ngd, k_NCd.transpose(1, 2), alpha=head_dim**-0.5)
         out_RO = torch.bmm(score_NgC.softmax(-1), v_NCd).view(active, heads * head_dim)
