@@ -37,7 +37,7 @@ def follow(folder: Path, job: Callable[[Listener], Any], *, tensorboard: bool = 
             job(listener)
         except KeyboardInterrupt:
             if (folder / "VERSION").exists():
-                display.say(f"Stopped. To go on: rung resume {shlex.quote(visible(str(folder)))}")
+                display.say(f"To go on: rung resume {shlex.quote(visible(str(folder)))}")
             raise
         if mirror is not None:
             mirror()
