@@ -7,7 +7,7 @@ problem within a step, refills and repeats included.  A group's tokens depend on
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from rung.core.keys import derive_key
 from rung.core.records import Completion, GroupRequest, Sampling
@@ -42,6 +42,7 @@ class Group:
         return [grade.score for grade in self.grades if grade.score is not None]
 
 
+@runtime_checkable
 class RolloutSource(Protocol):
     """In this process, or on many machines: advantages are the learner's business."""
 

@@ -94,8 +94,7 @@ def _go(run: RunDir, recipe: GroupRL, listener: Listener) -> Run:
             listener(Progress(stage="notice", text=warning))
         for log in ("metrics", "samples", "evals"):
             run.cut(log, start + 1 if checkpoint else 0)
-        phase = PhaseLog(run)
-        with open_session(recipe, run, start + 1, phase, listener) as session:
+        with PhaseLog(run) as phase, open_session(recipe, run, start + 1, phase, listener) as session:
             base = fingerprint(session.learner.compute)
             if checkpoint:
                 _restore(session, checkpoint, base, listener)

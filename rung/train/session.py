@@ -142,6 +142,12 @@ class PhaseLog:
         self._file = open(run.folder / "log.txt", "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (lives with the run)
         self.step = 0
 
+    def __enter__(self) -> "PhaseLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
     def __call__(self, name: str) -> None:
         self._file.write(f"{self.step} {name}\n")
 

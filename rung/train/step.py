@@ -96,7 +96,7 @@ class Learner:
             lr = self._update()
         finally:
             self._grads.clear()
-        return StepResult(loss=sum(totals.values()), terms=totals, grad_norm=norm, lr=lr)
+        return StepResult(loss=math.fsum(totals.values()), terms=totals, grad_norm=norm, lr=lr)
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Tensors of a checkpoint by file: masters, and AdamW's two moments."""

@@ -1,0 +1,293 @@
+"""Whole runs of a tiny model: what they learn, what they leave on disk, and that stopping them changes nothing."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from train.tiny import tiny_decoder, tiny_folder, tiny_recipe
+
+import rung
+from rung.core.errors import ConfigError, RunError, RungError, TaskError
+from rung.core.keys import derive_key
+from rung.core.records import Completion, GroupRequest, Sampling
+from rung.core.rundir import open_run
+from rung.core.words import Grade, Problem
+from rung.engine.engine import Engine
+from rung.engine.types import WeightsRef
+from rung.train import run as runs
+from rung.train import session as sessions
+from rung.train.config import METHODS, Method, Optim, TaskSpec
+from rung.train.data import count, pack_one, sample_of
+from rung.train.grpo import gap, refuse_stale
+from rung.train.policy import LanguagePolicy
+from rung.train.rollouts import Ask, Group
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tiny_folder(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory):
+    """An uninterrupted run."""
+    return rung.train(tiny_recipe(folder), folder=tmp_path_factory.mktemp("runs") / "whole")
+
+
+def weights_of(run_folder: Path) -> bytes:
+    return (run_folder / "model" / "model.safetensors").read_bytes()
+
+
+def stop_after(step: int, stage: str = "train"):
+    """A listener that does what Ctrl-C does once `step` is done."""
+
+    def listener(news):
+        if news.stage == stage and news.done == step:
+            raise KeyboardInterrupt
+
+    return listener
+
+
+def test_a_tiny_model_learns_to_answer_with_the_letter_that_is_rewarded(folder, tmp_path):
+    """The optimum is reward 1; at the start the letter has about one chance in 258."""
+    recipe = tiny_recipe(
+        folder,
+        num_steps=25,
+        samples_per_prompt=16,
+        eval_every=0,
+        max_tokens=2,
+        optim=Optim(lr=3e-2),
+        checkpoint_every=25,
+    )
+    run = rung.train(recipe, folder=tmp_path / "run")
+    metrics = [r for r in open_run(run.folder).read("metrics") if r["kind"] == "train"]
+    assert metrics[0]["reward"] < 0.1
+    assert metrics[-1]["reward"] > 0.95
+    texts = [r["text"] for r in open_run(run.folder).read("evals") if r["step"] == 25]
+    assert set(texts) == {"aa"}
+
+
+def test_a_run_leaves_its_records(whole, folder):
+    run = open_run(whole.folder)
+    metrics = run.read("metrics")
+    assert [(m["kind"], m["step"]) for m in metrics] == [
+        ("eval", 0), ("train", 1), ("train", 2), ("train", 3), ("eval", 3), ("train", 4), ("train", 5), ("train", 6),
+        ("eval", 6),
+    ]  # fmt: skip
+    assert [m.get("split") for m in metrics if m["kind"] == "eval"] == ["held_out", "validation", "held_out"]
+    samples = run.read("samples")
+    assert len(samples) == 6 * 4 * 4
+    assert len({s["key"] for s in samples}) == len(samples), "two requests of a run share a key"
+    for s in samples[:5]:
+        assert s["key"] == derive_key(0, s["step"], s["problem"], s["draw"] + s["sample"])
+    assert len(run.read("grades")) == len(samples)
+    assert all(m["gap_max"] < 1e-4 for m in metrics if "gap_max" in m)
+    assert sorted(p.name for p in run.checkpoints.iterdir())[-1] == "step-00000006"
+    assert whole.summary["steps"] == 6
+    model = rung.load(whole.folder / "model")
+    assert not torch.equal(model.decoder.norm.weight, rung.load(folder).decoder.norm.weight)
+
+
+@pytest.mark.parametrize("step", [1, 2, 5])
+def test_an_interrupted_run_goes_on_bit_for_bit(whole, folder, tmp_path, step):
+    with pytest.raises(KeyboardInterrupt):
+        rung.train(tiny_recipe(folder), folder=tmp_path / "run", listener=stop_after(step))
+    run = rung.resume(tmp_path / "run")
+    assert weights_of(run.folder) == weights_of(whole.folder)
+    assert (run.folder / "samples.jsonl").read_bytes() == (whole.folder / "samples.jsonl").read_bytes()
+    assert (run.folder / "evals.jsonl").read_bytes() == (whole.folder / "evals.jsonl").read_bytes()
+
+
+def test_what_was_recorded_after_the_checkpoint_is_cut_and_its_grades_are_replayed(
+    whole, folder, tmp_path, monkeypatch
+):
+    """The last checkpoint is of step 4, and the run dies when step 6 is to be saved."""
+
+    def dies(folder, step, *rest, **options):
+        if step == 6:
+            raise MemoryError("killed")
+        return save(folder, step, *rest, **options)
+
+    save = runs.save
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "save", dies)
+        with pytest.raises(MemoryError):
+            rung.train(tiny_recipe(folder), folder=tmp_path / "run")
+    assert {r["step"] for r in open_run(tmp_path / "run").read("samples")} == {1, 2, 3, 4, 5, 6}
+    asked, grade = [], sessions.Grader.grade
+    with monkeypatch.context() as patch:
+        patch.setattr(sessions.Grader, "grade", lambda self, answers: asked.extend(answers) or grade(self, answers))
+        run = rung.resume(tmp_path / "run")
+    assert len(asked) == 5, "the answers of the last evaluation alone: those of steps 5 and 6 were graded before"
+    assert weights_of(run.folder) == weights_of(whole.folder)
+    assert (run.folder / "samples.jsonl").read_bytes() == (whole.folder / "samples.jsonl").read_bytes()
+
+
+def test_a_finished_run_is_handed_back_untouched(whole, folder):
+    before = {p: p.stat().st_mtime_ns for p in whole.folder.rglob("*") if p.is_file() and p.name != "lock"}
+    again = rung.train(tiny_recipe(folder), folder=whole.folder, or_resume=True)
+    assert again.summary == whole.summary
+    assert before == {p: p.stat().st_mtime_ns for p in whole.folder.rglob("*") if p.is_file() and p.name != "lock"}
+
+
+def test_a_run_of_another_configuration_is_not_resumed_in_its_place(whole, folder):
+    with pytest.raises(RunError, match="another configuration"):
+        rung.train(tiny_recipe(folder, seed=1), folder=whole.folder, or_resume=True)
+    with pytest.raises(RunError, match="exists already"):
+        rung.train(tiny_recipe(folder), folder=whole.folder)
+
+
+def test_another_machine_is_refused_unless_allowed(folder, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        rung.train(tiny_recipe(folder), folder=tmp_path / "run", listener=stop_after(2))
+    place = tmp_path / "run" / "environment.json"
+    place.write_text(json.dumps(json.loads(place.read_text()) | {"threads": 7}))
+    with pytest.raises(RunError, match=r"threads was 7, is 1.*--allow-changed"):
+        rung.resume(tmp_path / "run")
+    assert rung.resume(tmp_path / "run", allow_changed=True).summary["steps"] == 6
+
+
+def test_another_base_model_is_refused(folder, tmp_path):
+    mine = tiny_folder(tmp_path / "model", seed=3)
+    with pytest.raises(KeyboardInterrupt):
+        rung.train(tiny_recipe(mine), folder=tmp_path / "run", listener=stop_after(2))
+    (mine / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    with pytest.raises(RunError, match="fingerprint"):
+        rung.resume(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_preset_runs_and_moves_towards_the_reward(folder, tmp_path, name):
+    recipe = tiny_recipe(
+        folder,
+        method=METHODS[name],
+        num_steps=8,
+        samples_per_prompt=8,
+        eval_every=0,
+        optim=Optim(lr=3e-2),
+        max_tokens=3,
+    )
+    run = rung.train(recipe, folder=tmp_path / "run")
+    rewards = [r["reward"] for r in open_run(run.folder).read("metrics") if r["kind"] == "train"]
+    assert rewards[-1] > rewards[0] + 0.1, rewards
+
+
+def test_with_two_updates_a_rollout_the_second_is_clipped_against_the_learners_own_old_log_probs(folder, tmp_path):
+    recipe = tiny_recipe(folder, method=METHODS["grpo"], updates_per_rollout=2, optim=Optim(lr=3e-2))
+    run = rung.train(recipe, folder=tmp_path / "run")
+    metrics = [r for r in open_run(run.folder).read("metrics") if r["kind"] == "train"]
+    assert max(m["clip_share"] for m in metrics) > 0
+    assert all(m["gap_max"] < 1e-4 for m in metrics if "gap_max" in m), "the gap is measured before the first update"
+
+
+def test_dynamic_sampling_replaces_groups_without_contrast_with_keys_of_their_own(folder, tmp_path):
+    recipe = tiny_recipe(folder, method=replace(METHODS["dapo"], max_refills=2), num_steps=2)
+    run = rung.train(recipe, folder=tmp_path / "run")
+    samples = open_run(run.folder).read("samples")
+    assert len(samples) > 2 * 4 * 4, "the letter is rare at the start: some groups have no contrast"
+    assert len({s["key"] for s in samples}) == len(samples)
+    groups = {}
+    for s in samples:
+        groups.setdefault((s["step"], s["problem"], s["draw"]), []).append(s)
+    for group in groups.values():
+        trained = group[0]["advantage"] is not None
+        assert trained == (len({s["score"] for s in group}) > 1)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("top_k", 50), ("top_p", 0.9), ("min_p", 0.1), ("repetition_penalty", 1.1)]
+)
+def test_sampling_that_the_learner_does_not_score_is_refused_by_name(folder, tmp_path, field, value):
+    with pytest.raises(ConfigError, match=rf"{field} = .* is refused in RL"):
+        rung.train(tiny_recipe(folder, **{field: value}), folder=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_steps": 0}, "num_steps must be at least 1"),
+        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"updates_per_rollout": 5, "prompts_per_step": 4, "method": METHODS["grpo"]}, "cannot be more than"),
+        ({"samples_per_prompt": 1}, "samples_per_prompt must be 2 or more"),
+        ({"tokens_per_micro_batch": 10**9}, "needs about .* are free"),
+        ({"task": TaskSpec(name="arithmetick")}, "arithmetic"),
+    ],
+)
+def test_a_recipe_that_cannot_run_is_refused_before_anything_is_made(folder, tmp_path, changes, message):
+    with pytest.raises(RungError, match=message):
+        rung.train(tiny_recipe(folder, **changes), folder=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_verifier_that_fails_stops_the_run_and_says_why(folder, tmp_path):
+    (tmp_path / "broken.py").write_text(
+        'problems = [{"prompt": f"{n}", "answer": "y"} for n in range(40)]\n\ndef reward(problem, text):\n    raise OSError("no licence")\n'
+    )
+    recipe = tiny_recipe(folder, task=TaskSpec(name=f"{tmp_path / 'broken.py'}:reward"))
+    with pytest.raises(TaskError, match="no licence"):
+        rung.train(recipe, folder=tmp_path / "run")
+
+
+def drawn_samples(decoder, temperature):
+    engine = Engine(decoder)
+    prompts = [(1, 2, 3), (9, 8, 7, 6, 5)]
+    sampling = Sampling(max_tokens=12, temperature=temperature, stop_ids=(257,))
+    requests = [GroupRequest(prompt_ids=p, keys=tuple(range(10 * i, 10 * i + 4)), sampling=sampling) for i, p in enumerate(prompts)]  # fmt: skip  # noqa: E501
+    groups, _ = engine.run(requests)
+    return [
+        sample_of(prompt, c, problem_id=str(i), group_id=i, reward=0.0)
+        for i, (prompt, group) in enumerate(zip(prompts, groups, strict=True))
+        for c in group
+    ]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_cached_sampling_and_the_packed_learner_agree_and_an_off_by_one_would_show(temperature):
+    decoder = tiny_decoder()
+    samples = drawn_samples(decoder, temperature)
+    batch = pack_one(samples, counts=count(samples))
+    right = gap(batch, LanguagePolicy(decoder, temperature).scores(batch))
+    assert right.max() < 1e-4
+    layout = batch.layout
+    shifted = replace(layout, position_T=torch.where(batch.trainable_T, layout.position_T + 1, layout.position_T))
+    planted = gap(batch, LanguagePolicy(decoder, temperature).scores(replace(batch, layout=shifted)))
+    assert planted.max() > 100 * right.max()
+    assert planted.mean() > 100 * right.mean()
+    cold = gap(batch, LanguagePolicy(decoder, 1.3 * temperature).scores(batch))
+    assert cold.mean() > 100 * right.mean(), "a temperature on one side only must show"
+
+
+def test_the_self_test_notices_a_sampler_with_weights_of_its_own(folder, tmp_path, monkeypatch):
+    class Stale(sessions.Engine):
+        def __init__(self, decoder, **options):
+            super().__init__(sessions.frozen_copy(decoder), **options)
+
+    monkeypatch.setattr(sessions, "Engine", Stale)
+    with pytest.raises(RungError, match="self-test failed"):
+        rung.train(tiny_recipe(folder), folder=tmp_path / "run")
+
+
+def test_samples_of_other_weights_are_refused():
+    completion = Completion(
+        token_ids=(1,), logp_sampled=(0.0,), logp_raw=(0.0,), stop="length", policy_version=3, weights_hash="a",
+        sampling=Sampling(max_tokens=1), key=0,
+    )  # fmt: skip
+    ask = Ask(step=1, problem=Problem(id="p", messages=()), first_draw=0)
+    group = Group(ask=ask, prompt_ids=(1,), completions=(completion,), texts=("",), grades=(Grade(score=1.0),))
+    refuse_stale([group], WeightsRef(version=3, hash="a"))
+    for other in (WeightsRef(version=4, hash="a"), WeightsRef(version=3, hash="b")):
+        with pytest.raises(RunError, match="must sample with the weights"):
+            refuse_stale([group], other)
+
+
+def test_an_estimate_grows_with_what_is_asked(folder):
+    small, large = rung.estimate(tiny_recipe(folder)), rung.estimate(tiny_recipe(folder, tokens_per_micro_batch=8192))
+    assert large.bytes > small.bytes
+    assert math.isfinite(small.seconds)
+    assert any("free" in line for line in small.lines)
+    with_reference = rung.estimate(tiny_recipe(folder, method=Method(kl="k3_loss", kl_coef=0.1)))
+    assert with_reference.bytes > small.bytes

@@ -1,0 +1,151 @@
+"""The learner: one AdamW step for all methods, on fp32 masters, or no step at all."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from train.tiny import made_samples, tiny_decoder
+
+from rung.core.errors import NonFiniteError
+from rung.objectives.reduce import total_loss
+from rung.train.config import Method, Optim
+from rung.train.data import count, pack
+from rung.train.methods import build_objective
+from rung.train.policy import LanguagePolicy
+from rung.train.step import Learner
+
+METHOD = Method(advantage="mean", denominator="tokens")
+
+
+def learner_of(decoder, optim, *, num_steps=10, dtype=torch.float32):
+    return Learner(dict(decoder.named_parameters()), optim, num_steps=num_steps, dtype=dtype)
+
+
+def batches_of(samples, tokens_per_batch=20):
+    return pack(samples, counts=count(samples), tokens_per_batch=tokens_per_batch)
+
+
+def learn(decoder, learner, samples):
+    return learner.step(batches_of(samples), LanguagePolicy(decoder), build_objective(METHOD))
+
+
+def weights(decoder):
+    return {name: p.detach().clone() for name, p in decoder.named_parameters()}
+
+
+def test_a_step_is_plain_torch_on_the_whole_batch():
+    samples = made_samples(dtype=torch.float32)
+    optim = Optim(lr=1e-2, weight_decay=0.1, grad_clip=0.005, warmup=2, schedule="linear")
+    ours, plain = tiny_decoder(), tiny_decoder()
+    learner = learner_of(ours, optim)
+    decayed = [p for p in plain.parameters() if p.ndim > 1]
+    others = [p for p in plain.parameters() if p.ndim == 1]
+    adamw = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+                              betas=(optim.beta1, optim.beta2), eps=optim.eps)  # fmt: skip
+    for lr in (5e-3, 1e-2, 1e-2):  # warm-up over two updates; then the first of eight linear steps down
+        result = learn(ours, learner, samples)
+        (batch,) = batches_of(samples, 10**6)
+        loss, _ = total_loss(build_objective(METHOD)(LanguagePolicy(plain), batch))
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.005)
+        for group in adamw.param_groups:
+            group["lr"] = lr
+        adamw.step()
+        adamw.zero_grad()
+        assert result.lr == pytest.approx(lr)
+        assert result.loss == pytest.approx(loss.item(), abs=1e-6)
+        assert result.grad_norm == pytest.approx(norm.item(), rel=1e-5)
+    assert result.grad_norm > 0.005, "clipping was not tried"
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter, plain.get_parameter(name), atol=2e-6, rtol=1e-5, msg=name)
+
+
+def test_schedules_end_at_zero_and_are_half_way_in_the_middle():
+    for schedule, middle in (("constant", 1.0), ("linear", 0.5), ("cosine", 0.5)):
+        learner = learner_of(tiny_decoder(), Optim(lr=2.0, schedule=schedule), num_steps=10)
+        assert learner.learning_rate(0) == pytest.approx(2.0)
+        assert learner.learning_rate(5) == pytest.approx(2.0 * middle)
+        assert learner.learning_rate(10) == pytest.approx(2.0 if schedule == "constant" else 0.0)
+
+
+def test_masters_keep_what_bf16_would_lose():
+    """Steps far below the rounding of most bf16 weights: twenty of them move every master."""
+    decoder, samples = tiny_decoder(), made_samples(dtype=torch.float32)
+    learner = learner_of(decoder, Optim(lr=2e-6), num_steps=10**6, dtype=torch.bfloat16)
+    assert all(p.dtype == torch.bfloat16 for p in decoder.parameters())
+    start = {name: m.clone() for name, m in learner.masters.items()}
+    for _ in range(20):
+        learn(decoder, learner, samples)
+    moved = {name: (m - start[name]).abs().max().item() for name, m in learner.masters.items()}
+    assert all(m.dtype == torch.float32 for m in learner.masters.values())
+    assert min(moved.values()) > 1e-5
+    for name, parameter in decoder.named_parameters():
+        assert torch.equal(parameter, learner.masters[name].bfloat16()), name
+
+
+def test_bf16_gradients_of_micro_batches_are_summed_in_fp32():
+    samples = made_samples(groups=6, dtype=torch.float32)
+    seen = []
+    for size in (10**6, 16):
+        decoder = tiny_decoder()
+        learner = learner_of(decoder, Optim(grad_clip=1e9), dtype=torch.bfloat16)
+        result = learner.step(batches_of(samples, size), LanguagePolicy(decoder), build_objective(METHOD))
+        seen.append(result.grad_norm)
+    assert seen[0] == pytest.approx(seen[1], rel=0.02)
+
+
+@pytest.mark.parametrize("where", ["advantage", "weights"])
+def test_a_loss_that_is_not_finite_changes_nothing_and_names_the_first_bad_tensor(where):
+    decoder, samples = tiny_decoder(), made_samples(dtype=torch.float32)
+    learner = learner_of(decoder, Optim())
+    learn(decoder, learner, samples)
+    bad = samples
+    if where == "advantage":
+        streams = {**samples[-1].streams, "advantage": torch.full_like(samples[-1].streams["advantage"], torch.inf)}
+        bad = [*samples[:-1], replace(samples[-1], streams=streams)]
+    else:
+        with torch.no_grad():
+            decoder.norm.weight[0] = torch.nan
+    before = weights(decoder)
+    with pytest.raises(NonFiniteError, match="term 'policy'" if where == "advantage" else "logp"):
+        learn(decoder, learner, bad)
+    assert learner.num_updates == 1
+    for name, parameter in decoder.named_parameters():
+        torch.testing.assert_close(parameter, before[name], rtol=0, atol=0, equal_nan=True)
+        assert parameter.grad is None
+    if where == "advantage":  # and the next sound step is not disturbed by what was left
+        twin = tiny_decoder()
+        other = learner_of(twin, Optim())
+        learn(twin, other, samples), learn(twin, other, samples)
+        learn(decoder, learner, samples)
+        for name, parameter in decoder.named_parameters():
+            assert torch.equal(parameter, twin.get_parameter(name)), name
+
+
+def test_a_restored_learner_goes_on_bit_for_bit():
+    samples = made_samples(dtype=torch.float32)
+    a, b = tiny_decoder(), tiny_decoder(seed=9)
+    first = learner_of(a, Optim(lr=1e-2, schedule="cosine"), dtype=torch.bfloat16)
+    learn(a, first, samples), learn(a, first, samples)
+    state = {file: {name: t.clone() for name, t in tensors.items()} for file, tensors in first.state().items()}
+    second = learner_of(b, Optim(lr=1e-2, schedule="cosine"), dtype=torch.bfloat16)
+    second.restore(state, num_updates=2)
+    for _ in range(2):
+        learn(a, first, samples), learn(b, second, samples)
+    for name, parameter in a.named_parameters():
+        assert torch.equal(parameter, b.get_parameter(name)), name
+    for name, master in first.masters.items():
+        assert torch.equal(master, second.masters[name]), name
+
+
+def test_a_step_without_batches_is_a_step_with_a_gradient_of_zero():
+    """Momentum goes on, as it would if the dead groups had been computed."""
+    samples = made_samples(dtype=torch.float32)
+    dead = [replace(s, streams={**s.streams, "advantage": torch.zeros(len(s.token_ids))}) for s in samples]
+    a, b = tiny_decoder(), tiny_decoder()
+    first, second = learner_of(a, Optim(lr=1e-2)), learner_of(b, Optim(lr=1e-2))
+    learn(a, first, samples), learn(b, second, samples)
+    first.step([], LanguagePolicy(a), build_objective(METHOD))
+    learn(b, second, dead)
+    for name, parameter in a.named_parameters():
+        torch.testing.assert_close(parameter, b.get_parameter(name), rtol=0, atol=1e-9)
