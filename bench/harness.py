@@ -44,6 +44,15 @@ class Options:
     repeats: int
     threads: int
     quick: bool
+    only: str = ""
+
+    def wants(self, part: str) -> bool:
+        """Is this part of the bench to be run?"""
+        return self.only in ("", part)
+
+
+class SideFailedError(RuntimeError):
+    """A side ended before it answered; the message is the end of what it printed."""
 
 
 class Worker:
@@ -75,8 +84,9 @@ class Worker:
 
     def close(self) -> None:
         """Close its stdin, which ends it."""
-        self._process.communicate()
-        self._errors.close()
+        if not self._errors.closed:
+            self._process.communicate()
+            self._errors.close()
 
     def __enter__(self) -> "Worker":
         return self
@@ -87,24 +97,30 @@ class Worker:
     def _answer(self) -> Turn:
         line = self._process.stdout.readline()
         if not line:
+            code = self._process.wait()
             self._errors.seek(0)
-            raise SystemExit(f"{self.name} failed:\n{self._errors.read()[-4000:]}")
+            said = self._errors.read()[-4000:]
+            self.close()
+            raise SideFailedError(f"{self.name} ended with code {code}:\n{said}")
         return json.loads(line)
 
 
-def options(about: str, *, repeats: int = 5) -> Options:
-    """The command line of a bench."""
+def options(about: str | None, *, parts: Sequence[str] = ()) -> Options:
+    """The command line of a bench; `parts` can be asked for alone."""
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--model", default="smollm2-135m", help="packaged name or Hugging Face folder")
-    parser.add_argument("--repeats", type=int, default=repeats, help="counted turns of each side")
+    parser.add_argument("--repeats", type=int, default=5, help="counted turns of each side")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of each side")
     parser.add_argument("--quick", action="store_true", help="tiny sizes and one turn: shows that it runs, no more")
+    if parts:
+        parser.add_argument("--only", choices=parts, default="", help="one part of this bench")
     given = parser.parse_args()
     return Options(
         model=folder_of(given.model),
         repeats=1 if given.quick else given.repeats,
         threads=given.threads,
         quick=given.quick,
+        only=given.only if parts else "",
     )
 
 
@@ -131,17 +147,23 @@ def compare(
     `value` turns a side's answer into the number compared.  The ratio says how many times better ours is.
     """
     print(f"\n{what}", flush=True)
-    best, sign = max, 1 if higher_is_better else -1
+    best, sign = (max, 1) if higher_is_better else (min, -1)
     trials: dict[str, float] = {}
     workers: dict[str, Worker] = {}
     load = Load()
     try:
         for side in [ours, *peers]:
-            workers[side.name] = Worker(side, given.threads)
-            trials[side.name] = value(workers[side.name].turn(0))
+            try:
+                workers[side.name] = Worker(side, given.threads)
+                trials[side.name] = value(workers[side.name].turn(0))
+            except SideFailedError as failure:
+                if side is ours:
+                    raise
+                print(f"  left out: {failure}", flush=True)
+                continue
             print(f"  warm-up  {side.name:<34} {trials[side.name]:10.4g} {unit}", flush=True)
-        fastest = best((p.name for p in peers), key=lambda name: sign * trials[name])
-        for name in [p.name for p in peers if p.name != fastest]:
+        fastest = best((p.name for p in peers if p.name in trials), key=lambda name: trials[name])
+        for name in [name for name in workers if name not in (ours.name, fastest)]:
             workers.pop(name).close()
         turns: dict[str, list[Turn]] = {ours.name: [], fastest: []}
         for number in range(1, given.repeats + 1):

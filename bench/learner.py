@@ -15,7 +15,7 @@ def main() -> None:
     batch = workload.uneven(1, 2, (8, 16), (4, 8)) if given.quick else workload.uneven(4, 8, (20, 120), (16, 128))
     sequences = batch["groups"] * batch["samples"]
     common = {"model": given.model, "batch": batch, "micro_batch": sequences}
-    ours = Side(name="rung", job="bench.ours:learner", spec={**common, "dtype": "bf16", "tokens_per_micro_batch": 2048})
+    ours = Side(name="rung", job="bench.ours:learner", spec={**common, "dtype": "auto"})
     peers = [Side(name=f"trl, {d}", job="bench.peers:learner", spec={**common, "dtype": d}) for d in DTYPES]
     what = f"learner: {sequences} sequences, prompts {batch['prompt']}, completions {batch['completion']} tokens"
     result = compare(what, ours, peers, seconds, unit="s", bar=">= 2", given=given, higher_is_better=False)

@@ -1,7 +1,7 @@
 """Peak resident memory of a whole GRPO step (16 x 8 x 16), against `trl` at equal micro-batch, in fresh processes."""
 
 from bench import workload
-from bench.harness import Options, Side, Worker, announce, options, record
+from bench.harness import Options, Side, SideFailedError, Worker, announce, options, record
 
 DTYPES = ("bf16", "pure-bf16", "fp32")
 STEPS = 2  # the optimiser's state is there from the second step on
@@ -22,9 +22,14 @@ def against_trl(size: dict, given: Options) -> None:
     common = {"model": given.model, **size}
     ours = Side(name="rung", job="bench.ours:step", spec={**common, "dtype": "auto"})
     peers = [Side(name=f"trl, {d}", job="bench.peers:step", spec={**common, "dtype": d}) for d in DTYPES]
-    peaks = {side.name: _peak(side, given.threads) for side in (ours, *peers)}
-    for name, peak in peaks.items():
-        print(f"  {name:<20} {peak / 1e9:6.2f} GB   ({peak / peaks[ours.name]:.2f} of ours)", flush=True)
+    peaks: dict[str, float] = {}
+    for side in (ours, *peers):
+        try:
+            peaks[side.name] = peak = _peak(side, given.threads)
+        except SideFailedError as failure:
+            print(f"  {side.name} did not finish (not enough memory?): {failure}", flush=True)
+            continue
+        print(f"  {side.name:<20} {peak / 1e9:6.2f} GB   (ours is {peaks[ours.name] / peak:.2f} of it)", flush=True)
     record({"what": what, "unit": "bytes", "bar": "<= 1/2 of trl's", "peaks": peaks, "quick": given.quick})
 
 

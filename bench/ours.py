@@ -98,7 +98,7 @@ def learner(spec: Mapping[str, Any]) -> Turn:
 
     def turn(number: int) -> Mapping[str, float]:
         clock = {"start": time.perf_counter()}
-        batches = pack(samples, counts=count(samples), tokens_per_batch=spec["tokens_per_micro_batch"])
+        batches = pack(samples, counts=count(samples), tokens_per_batch=GroupRL.tokens_per_micro_batch)
         result = optimiser.step(
             batches, policy, objective, phase=lambda name: clock.update({name: time.perf_counter()})
         )

@@ -10,11 +10,12 @@ VOCABULARY = 49152
 
 def main() -> None:
     """Three comparisons, and what one stream could reach at most."""
-    given = options(__doc__)
+    parts = {"groups": groups, "ragged": ragged, "one": one}
+    given = options(__doc__, parts=tuple(parts))
     announce(given)
-    groups(given)
-    ragged(given)
-    one(given)
+    for name, part in parts.items():
+        if given.wants(name):
+            part(given)
 
 
 def groups(given: Options) -> None:

@@ -8,12 +8,14 @@ DTYPES = ("bf16", "pure-bf16", "fp32")
 
 def main() -> None:
     """Short answers by many prompts, then long answers."""
-    given = options(__doc__)
+    given = options(__doc__, parts=("short", "long"))
     announce(given)
     short = workload.step(2, 2, 4, 2) if given.quick else workload.step(16, 8, 16, 32)
     long = workload.step(2, 2, 8, 2) if given.quick else workload.step(8, 8, 256, 16)
-    against_trl(short, ">= 8", given)
-    against_trl(long, ">= 4", given)
+    if given.wants("short"):
+        against_trl(short, ">= 8", given)
+    if given.wants("long"):
+        against_trl(long, ">= 4", given)
 
 
 def against_trl(size: dict, bar: str, given: Options) -> None:
