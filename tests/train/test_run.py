@@ -223,10 +223,16 @@ def test_a_recipe_that_cannot_run_is_refused_before_anything_is_made(folder, tmp
     assert not (tmp_path / "run").exists()
 
 
+BROKEN_TASK = """
+problems = [{"prompt": f"{n}", "answer": "y"} for n in range(40)]
+
+def reward(problem, text):
+    raise OSError("no licence")
+"""
+
+
 def test_a_verifier_that_fails_stops_the_run_and_says_why(folder, tmp_path):
-    (tmp_path / "broken.py").write_text(
-        'problems = [{"prompt": f"{n}", "answer": "y"} for n in range(40)]\n\ndef reward(problem, text):\n    raise OSError("no licence")\n'
-    )
+    (tmp_path / "broken.py").write_text(BROKEN_TASK)
     recipe = tiny_recipe(folder, task=TaskSpec(name=f"{tmp_path / 'broken.py'}:reward"))
     with pytest.raises(TaskError, match="no licence"):
         rung.train(recipe, folder=tmp_path / "run")

@@ -1,0 +1,92 @@
+"""kill -9 at any moment: a real `rung train` is killed in each of its phases, and its continuation changes nothing."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from train.tiny import tiny_folder, tiny_recipe
+
+from rung.core.config import dumps_json
+
+PHASES = ["sample", "grade", "backward", "update", "record", "checkpoint"]
+DEADLINE = 120.0  # seconds
+
+
+@pytest.fixture(scope="module")
+def recipe_file(tmp_path_factory) -> Path:
+    """Big enough that every phase lasts: a step of about a tenth of a second, most of it in sampling."""
+    folder = tmp_path_factory.mktemp("kill")
+    recipe = tiny_recipe(tiny_folder(folder / "model"), num_steps=8, max_tokens=24, dtype="fp32")
+    (folder / "recipe.json").write_text(dumps_json(recipe))
+    return folder / "recipe.json"
+
+
+@pytest.fixture(scope="module")
+def whole(recipe_file) -> Path:
+    folder = recipe_file.parent / "whole"
+    subprocess.run(
+        command("train", recipe_file, "--folder", folder), check=True, capture_output=True, env=environment()
+    )
+    return folder
+
+
+def command(*words) -> list[str]:
+    return [sys.executable, "-m", "rung.cli.main", *map(str, words)]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def kill_in(phase: str, delay: float, recipe_file: Path, folder: Path) -> str:
+    """Start a run, kill its process group `delay` seconds after it enters `phase` of step 3; the last phase logged."""
+    process = subprocess.Popen(
+        command("train", recipe_file, "--folder", folder),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=environment(),
+        start_new_session=True,
+    )
+    log, deadline = folder / "log.txt", time.monotonic() + DEADLINE
+    step = 4 if phase == "checkpoint" else 3  # every second step is saved
+    try:
+        while not (log.exists() and f"{step} {phase}\n" in log.read_text()):
+            assert process.poll() is None, f"the run ended before it came to {phase}"
+            assert time.monotonic() < deadline, f"the run never came to {phase}"
+            time.sleep(0.0005)
+        time.sleep(delay)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return log.read_text().splitlines()[-1].split()[1]
+
+
+def check_continuation(folder: Path, whole: Path) -> None:
+    subprocess.run(command("resume", folder), check=True, capture_output=True, env=environment())
+    for name in ("samples.jsonl", "evals.jsonl", "model/model.safetensors"):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
+    newest = "checkpoints/step-00000008"
+    for name in ("masters", "adam_m", "adam_v"):
+        file = f"{newest}/{name}.safetensors"
+        assert (folder / file).read_bytes() == (whole / file).read_bytes(), name
+
+
+def test_a_run_killed_while_it_learns_goes_on_bit_for_bit(recipe_file, whole, tmp_path):
+    kill_in("backward", 0.0, recipe_file, tmp_path / "run")
+    check_continuation(tmp_path / "run", whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_run_killed_in_any_phase_goes_on_bit_for_bit(phase, recipe_file, whole, tmp_path):
+    """The phase in which the kill fell is read from the log; delays grow until it fell inside the phase wanted."""
+    for attempt in range(5):
+        folder = tmp_path / f"run{attempt}"
+        if kill_in(phase, 0.001 * attempt, recipe_file, folder) == phase:
+            check_continuation(folder, whole)
+            return
+    raise AssertionError(f"five kills, and none fell inside {phase}")
