@@ -178,7 +178,7 @@ def _prune(folder: Path, newest: Path, keep: int) -> None:
     scores = {path: score for path in [newest, *others] if (score := _score(path)) is not None}
     kept = {newest, *others[: keep - 1]}
     if scores:
-        kept.add(max(scores, key=lambda path: (scores[path], _step(path))))
+        kept.add(max(scores, key=lambda path: scores[path]))  # of equals the first: the newest
     for path in _newest_first(folder):
         if path not in kept:
             aside = folder / f".tmp-removed-{path.name}"

@@ -9,6 +9,8 @@
       evals.jsonl        evaluations, with their answers }
       grades.jsonl       journal of the verifier's grades: never cut (`rung.core.journal`)
       checkpoints/       (`rung.core.checkpoint`)
+      model/             what was learnt, as a Hugging Face folder
+      log.txt            what the run was doing, a word a line
       report.html
       lock
 

@@ -22,6 +22,7 @@ from rung.tasks.load import load_task, where
 
 
 def main() -> None:
+    """Serve one parent until it closes stdin."""
     requests, results = _take_pipes()
     setup = requests.get()
     _limit(resource.RLIMIT_AS, setup["memory_bytes"])

@@ -20,6 +20,7 @@ class Inner:
     rate: float = 0.5
     kind: Literal["plain", "fancy"] = "plain"
     note: str | None = None
+    level: Literal[1, 2] = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +115,9 @@ BAD = {
     "a misspelt choice": ({"inner": {"kind": "fany"}}, "inner.kind must be one of 'plain', 'fancy', and is 'fany'."),
     "a choice of another type": ({"inner": {"kind": 3}}, "inner.kind must be one of 'plain', 'fancy', and is 3."),
     "an unhashable choice": ({"inner": {"kind": ["plain"]}}, "inner.kind must be one of"),
+    "a choice that is only equal": ({"inner": {"level": True}}, "inner.level must be one of 1, 2, and is True."),
+    "a bool for an optional number": ({"limit": True}, "limit must be a whole number, and is True (bool)"),
+    "an infinite number in a table": ({"table": {"x": math.inf}}, "table.x must be"),
     "a text for a list": ({"sizes": "12"}, "sizes must be a list, and is '12' (str)"),
     "a pair of three": ({"pair": ["a", 1.0, 2.0]}, "pair must be a list of 2 values, and has 3"),
     "a list in a table of scalars": ({"table": {"x": [1]}}, "table.x must be a whole number or a finite number or"),
@@ -171,6 +175,7 @@ def test_a_difference_has_dotted_paths_and_both_values():
     a = Outer(name="x", table={"only": 1}, sizes=(1, 2))
     b = replace(a, inner=Inner(rate=0.25), table={}, sizes=(1, 3))
     assert config.diff(a, b) == {"inner.rate": (0.5, 0.25), "table.only": (1, None), "sizes": ([1, 2], [1, 3])}
+    assert config.diff(b, a) == {"inner.rate": (0.25, 0.5), "table.only": (None, 1), "sizes": ([1, 3], [1, 2])}
 
 
 def test_methods_of_the_spine_survive_the_trip():
