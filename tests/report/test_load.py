@@ -107,6 +107,12 @@ def test_answers_are_paired_by_problem_and_only_held_out_ones(tmp_path):
     assert kinds == ["still right"] * 2 + ["became right"] * 5 + ["still wrong"] * 3
 
 
+def test_a_run_that_was_measured_once_has_no_pairs_whatever_else_was_asked(tmp_path):
+    run = create(tmp_path / "run", RECIPE, {})
+    run.append("evals", [*answers(0, 2, 10), *(row | {"split": "validation"} for row in answers(30, 10, 10))])
+    assert read_run(run.folder).pairs == []
+
+
 def test_the_group_is_the_newest_even_in_a_file_too_long_to_read(tmp_path, monkeypatch):
     run = create(tmp_path / "run", RECIPE, {})
     for step in range(1, 30):

@@ -1,5 +1,6 @@
 """The report: whatever a run left behind becomes a page, and nothing a model wrote becomes part of it."""
 
+import random
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -81,20 +82,22 @@ def test_the_report_shows_what_a_finished_run_did(tmp_path):
     assert parsed.tags.count("svg") == 14  # 13 charts and the bar of times
 
 
-def test_nothing_a_model_wrote_becomes_part_of_the_page(tmp_path):
+def test_nothing_a_model_wrote_becomes_part_of_the_page(tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "PAIRS_OF_A_KIND", dict.fromkeys(page.PAIRS_OF_A_KIND, 100))
     clean = read(finished_run(tmp_path / "clean", steps=3))
-    run = finished_run(tmp_path / "run", steps=3)
+    run = create(tmp_path / "run", RECIPE, ENVIRONMENT)
+    run.append("metrics", [eval_row(0, 1, 50), train_row(1, 60, random.Random(0)), eval_row(1, 2, 50)])
     for number, text in enumerate(HOSTILE):
-        bad = {"problem": f"bad{number}{text}", "prompt": text, "text": text, "answer": text, "stop": text}
-        run.append("evals", [{"step": step, "right": False, **bad} for step in (0, 3)])
-    run.append("samples", [row | {"prompt": HOSTILE[0], "text": HOSTILE[row["sample"] % 6]} for row in samples(4)])
+        bad = {"problem": f"{number}{text}", "prompt": text, "text": text, "answer": text, "stop": text}
+        run.append("evals", [{"step": step, "right": number % 2 == step, **bad} for step in (0, 1)])
+    run.append("samples", [row | {"prompt": HOSTILE[0], "text": HOSTILE[row["sample"] % 6]} for row in samples(1)])
     parsed = read(run)
-    assert set(parsed.tags) == set(clean.tags)
-    assert {name for name, _ in parsed.attributes} == {name for name, _ in clean.attributes}
+    assert set(parsed.tags) <= set(clean.tags)
+    assert {name for name, _ in parsed.attributes} <= {name for name, _ in clean.attributes}
     raw = (run.folder / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", raw)
     for shown in ("<script>alert(1)</script>", "{{ 7 * 7 }}", "␛[2J␛]0;title␇ ␀ <U+202E> <U+009B>31m"):
-        assert shown in parsed.text
+        assert parsed.text.count(shown) >= 5, shown  # prompt, answer, before, after, and among the samples
 
 
 def test_hostile_names_in_the_configuration_are_text_too(tmp_path):
@@ -173,8 +176,6 @@ def test_long_texts_are_cut_and_the_rest_is_counted(tmp_path):
 
 def test_a_long_run_has_a_small_report(tmp_path):
     run = create(tmp_path / "run", replace(RECIPE, num_steps=5000), {})
-    import random
-
     noise = random.Random(1)
     run.append("metrics", [train_row(step, 5000, noise) for step in range(1, 5001)])
     assert page.write(run.folder).stat().st_size < 300_000
