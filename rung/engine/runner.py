@@ -28,6 +28,7 @@ class Runner:
         self.decoder = decoder
         self.device = decoder.head_weight().device
         self.state: State | None = None
+        self._rows = 0  # slots that the last step decoded
 
     @torch.inference_mode()
     def reserve(self, slots: int, rows: int) -> None:
@@ -38,6 +39,7 @@ class Runner:
             old = self.state = None  # its memory goes first
             self.state = self.decoder.new_state(size[0], round_up(size[1], TOKEN_BUCKET))
         self._state.free(torch.arange(self._state.slots))
+        self._rows = 0
 
     @torch.inference_mode()
     def copy(self, copies: Sequence[Copy]) -> None:
@@ -68,6 +70,9 @@ class Runner:
     def decode(self, tokens: Sequence[int], positions: Sequence[int], laws: Laws) -> list[Drawn]:
         """Feed one token to each of the slots 0 .. R - 1, at these positions; draw each slot's next token."""
         rows = len(tokens)
+        if rows < self._rows:  # finished samples: their rows need not be kept
+            self._state.free(torch.arange(rows, self._rows))
+        self._rows = rows
         fillers = [0] * (row_bucket(rows) - rows)
         slot_R, root_R, first_R1, one_R = _step(rows)
         position_R = torch.tensor([*positions, *fillers])

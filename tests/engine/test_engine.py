@@ -117,6 +117,22 @@ def test_steps_put_slots_in_order_and_fillers_behind_up_to_a_bucket():
     assert [runner_module.row_bucket(n) for n in (1, 2, 8, 9, 64, 65, 128, 129)] == [1, 8, 8, 16, 64, 128, 128, 256]
 
 
+def test_a_slot_that_decodes_nothing_holds_no_rows():
+    """Otherwise the longest finished sample would keep the memory of all slots at its length."""
+    decoder = PrefixDecoder()
+    engine, seen = Engine(decoder, slots=8), []
+    plain_decode = engine.runner.decode
+
+    def decode(tokens, positions, laws):
+        drawn = plain_decode(tokens, positions, laws)
+        seen.append([len(rows) for rows in decoder.states[-1].committed[:8]])
+        return drawn
+
+    engine.runner.decode = decode
+    engine.run([asking(prompt=(1,), keys=(i,), max_tokens=i + 2) for i in range(8)])
+    assert seen == [[step + 2] * (8 - step) + [0] * step for step in range(8)]
+
+
 def test_stats_count_prompts_tokens_steps_and_rows():
     requests = [asking(prompt=[1] * 4, keys=(1, 2), max_tokens=3), asking(prompt=[2] * 6, keys=(3,), max_tokens=7)]
     _, stats = Engine(PrefixDecoder(), slots=8).run(requests)
