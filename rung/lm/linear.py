@@ -38,17 +38,22 @@ class KeptBlocks:
         if torch.is_grad_enabled():
             self.blocks, self.uses = None, 0  # fused optimisers do not count their changes, and learners need memory
             return F.linear(x_ND, weight_ED, bias_E)
-        if len(x_ND) > PACK_ROWS or not _worthwhile(weight_ED.device.type, weight_ED.dtype) or weight_ED.is_inference():
+        if len(x_ND) > PACK_ROWS or not self._kept(weight_ED):
             return F.linear(x_ND, weight_ED, bias_E)
+        return torch.ops.mkldnn._linear_pointwise.default(x_ND, self.blocks, bias_E, "none", [], "")
+
+    def _kept(self, weight_ED: Tensor) -> bool:
+        """Are there blocks of this very weight?  Counts the use, and makes them when it is time."""
+        if not _worthwhile(weight_ED.device.type, weight_ED.dtype) or weight_ED.is_inference():
+            return False
         identity = (weight_ED.data_ptr(), weight_ED._version)
         if identity != self.identity:
             self.identity, self.uses, self.blocks = identity, 0, None
         if self.blocks is None:
             self.uses += 1
-            if self.uses <= PACK_AFTER:
-                return F.linear(x_ND, weight_ED, bias_E)
-            self.blocks = torch.ops.mkldnn._reorder_linear_weight(weight_ED.detach(), PACK_ROWS)
-        return torch.ops.mkldnn._linear_pointwise(x_ND, self.blocks, bias_E, "none", [], "")
+            if self.uses > PACK_AFTER:
+                self.blocks = torch.ops.mkldnn._reorder_linear_weight(weight_ED.detach(), PACK_ROWS)
+        return self.blocks is not None
 
 
 class Linear(nn.Module):

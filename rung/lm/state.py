@@ -70,10 +70,11 @@ class KVState:
                 f"the state has {self.slots} slots of {self.capacity} rows; needed: {len(count_S)} slots of {needed} "
                 "rows. Make it larger with new_state(slots, capacity), or ask for fewer or shorter sequences."
             )
-        order_N = torch.argsort(slot_N, stable=True)
-        first_S = count_S.cumsum(0) - count_S
-        rank_N = torch.empty_like(order_N)
-        rank_N[order_N] = torch.arange(len(order_N)) - first_S[slot_N[order_N]]
+        rank_N = torch.zeros_like(slot_N)
+        if int(count_S.max()) > 1:
+            order_N = torch.argsort(slot_N, stable=True)
+            first_S = count_S.cumsum(0) - count_S
+            rank_N[order_N] = torch.arange(len(order_N)) - first_S[slot_N[order_N]]
         self._abandon_pending()
         self.pending_S = count_S
         self._resize(min(-(-needed // ROW_BLOCK) * ROW_BLOCK, self.capacity))

@@ -17,6 +17,8 @@ from rung.lm.state import Placement
 
 @dataclass(frozen=True, eq=False)
 class StepPlan:
+    """What all layers of a step share; fillers get zeros, and nothing of theirs is stored."""
+
     spec: AttentionSpec
     cos_R1d: Tensor
     sin_R1d: Tensor
