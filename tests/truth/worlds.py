@@ -1,15 +1,17 @@
 """The two set-ups that every claim about an expected gradient is tried on, and the bridge to the NumPy oracle."""
 
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache, partial
 
+import jaxtyping
 import numpy as np
 import torch
 from oracle import Oracle
 
 from rung import truth
 from rung.train.config import Method
-from rung.train.methods import group_streams
+from rung.train.methods import build_objective, group_streams
 
 MAX_TOKENS = 3
 FIXED = truth.World(vocabulary=3, max_tokens=MAX_TOKENS, prompts=((0,),))  # 27 completions of 3 tokens
@@ -51,7 +53,18 @@ class Setup:
 SETUPS = {"fixed": Setup(FIXED, 1), "ended": Setup(ENDED, 3)}
 
 
+@contextmanager
+def unchecked():
+    """Shape checks off: they are two thirds of the time of 50 000 groups, and every other test has them on."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+
+
 @cache
+@unchecked()
 def steps(setup, prompt, group_size, on_policy, streams_of, binary=False, accept=None):
     """Every step of one group, with the streams of a Method reduced to the cells that streams depend on."""
     s = SETUPS[setup]
@@ -69,8 +82,6 @@ def steps(setup, prompt, group_size, on_policy, streams_of, binary=False, accept
 
 def ours(setup, prompt, group_size, method, *, on_policy=True, binary=False, accept=None):
     """Expected gradient of a method by the truth kit and Rung's own streams and objective, as NumPy."""
-    from rung.train.methods import build_objective
-
     cells = ("advantage", "denominator", "overlong", "overlong_cache")
     streams_of = Method(**{cell: getattr(method, cell) for cell in cells})
     found = steps(setup, prompt, group_size, on_policy, streams_of, binary, accept)
