@@ -181,9 +181,7 @@ def _prune(folder: Path, newest: Path, keep: int) -> None:
         kept.add(max(scores, key=lambda path: scores[path]))  # of equals the first: the newest
     for path in _newest_first(folder):
         if path not in kept:
-            aside = folder / f".tmp-removed-{path.name}"
-            os.rename(path, aside)  # so that a removal cut short does not look like a corrupt checkpoint
-            shutil.rmtree(aside)
+            shutil.rmtree(path)
 
 
 def _score(path: Path) -> float | None:

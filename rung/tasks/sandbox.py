@@ -169,7 +169,7 @@ class _Child:
     def __init__(self, setup: Mapping[str, Any]):
         self._buffer = self._tail = b""
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "rung.tasks.worker"],
+            [sys.executable, "-P", "-m", "rung.tasks.worker"],  # -P: a queue.py in this folder is not the library's
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

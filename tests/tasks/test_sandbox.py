@@ -161,6 +161,13 @@ def test_a_verifier_that_cannot_be_started_again_leaves_grades_unknown(place, tm
         assert [grade.score for grade in grader.grade(answers)] == [1.0, 0.0, 1.0, 0.0]
 
 
+def test_files_of_the_current_folder_do_not_pass_for_modules_of_the_library(tmp_path, monkeypatch):
+    (tmp_path / "queue.py").write_text("raise ImportError('a file of the user')")
+    monkeypatch.chdir(tmp_path)
+    with Grader("arithmetic", {}) as grader:
+        assert grader.grade(ask("arithmetic", (0, "20")))[0].right
+
+
 def test_a_task_that_cannot_be_loaded_is_refused_at_the_start(tmp_path):
     (tmp_path / "bad.py").write_text("import os\nos._exit(4)\n")
     with pytest.raises(TaskError, match="the verifier's process ended with exit code 4"):
