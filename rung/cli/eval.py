@@ -68,7 +68,9 @@ def run(args: list[str]) -> None:
             seed=asked.seed,
             listener=display,
         )
-    print(f"accuracy {found.accuracy:.1%}  (95 % interval {found.low:.1%} to {found.high:.1%}, {found.n} problems)")
+    unknown = f", {found.unknown} more of unknown grade" if found.unknown else ""
+    interval = f"95 % interval {found.low:.1%} to {found.high:.1%}"
+    print(f"accuracy {found.accuracy:.1%}  ({interval}, {found.n} problems{unknown})")
 
 
 def task_options(name: str) -> list[Option]:

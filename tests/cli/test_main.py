@@ -1,5 +1,6 @@
 """The command line from outside: exit codes, streams, and what it says to each kind of mistake."""
 
+import io
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import rung
 from rung.cli import main as cli
 from rung.core.errors import ConfigError, ModelError
 from rung.core.rundir import create
+from rung.train.config import TaskSpec
 
 VERBS = list(cli.VERBS)
 
@@ -152,6 +154,40 @@ def test_generate_puts_the_texts_alone_on_stdout(capsys, monkeypatch):
     }
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     assert run(capsys, "generate", "m", "one")[1] == "42␛[2J\n"
+
+
+def test_eval_asks_the_task_that_was_named_and_prints_one_line(capsys, monkeypatch):
+    asked = []
+
+    def evaluate(model, task, **options):
+        asked.append((model, task, options))
+        return SimpleNamespace(accuracy=0.25, low=0.125, high=0.5, n=8, unknown=2)
+
+    monkeypatch.setattr(rung, "load", FakeModels("").load, raising=False)
+    monkeypatch.setattr(rung, "evaluate", evaluate, raising=False)
+    words = ["--problems", "10", "--task.options.digits", "3", "--split", "validation", "--max-tokens", "9"]
+    code, out, _ = run(capsys, "eval", "m", "arithmetic", *words)
+    assert (code, out) == (0, "accuracy 25.0%  (95 % interval 12.5% to 50.0%, 8 problems, 2 more of unknown grade)\n")
+    ((model, task, options),) = asked
+    assert (model, task) == ("a model", TaskSpec(name="arithmetic", options={"digits": 3}))  # and no other option
+    assert (options["problems"], options["split"], options["max_tokens"]) == (10, "validation", 9)
+
+
+def test_chat_keeps_the_conversation_and_puts_answers_alone_on_stdout(capsys, monkeypatch):
+    heard = []
+
+    def stream(model, messages, **options):
+        heard.append(([(m.role, m.content) for m in messages], options["seed"]))
+        yield from ("an", "swer\x07")
+
+    monkeypatch.setattr(rung, "load", FakeModels("").load, raising=False)
+    monkeypatch.setattr("rung.model.generate.stream", stream)
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n\nnever said\n"))
+    code, out, _ = run(capsys, "chat", "m", "--system", "be brief")
+    assert (code, out) == (0, "answer\x07\nanswer\x07\n")
+    first = [("system", "be brief"), ("user", "one")]
+    assert [said for said, _ in heard] == [first, [*first, ("assistant", "answer\x07"), ("user", "two")]]
+    assert heard[0][1] != heard[1][1]  # another draw for another turn
 
 
 def test_runs_lists_every_folder_with_its_state(capsys, tmp_path, monkeypatch):

@@ -97,6 +97,7 @@ def test_another_task_brings_its_own_options_and_none_of_the_old(here):
         ("nowhere.toml", "nowhere.toml cannot be read: No such file or directory"),
         ("mine.py:mine --num-step 3", "rung train mine.py:mine has no option --num-step. Did you mean --num-steps?"),
         ("mine.py:mine --lr 3", "rung train mine.py:mine has no option --lr. Did you mean --optim.lr?"),
+        ("mine.py:mine --kl none", "no option --kl. Did you mean --method.kl?"),  # spelt, --model is nearer
         ("mine.py:mine --method.kl_coef 3", "no option --method.kl_coef. Did you mean --method.kl-coef?"),
         ("mine.py:mine --method drgrpo", "got 'drgrpo'. Did you mean 'dr_grpo'?"),
         ("mine.py:mine --method.kl k3", "--method.kl needs one of none, k1_reward, square, k3_loss, got 'k3'."),

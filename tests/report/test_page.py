@@ -4,6 +4,7 @@ import random
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from made_runs import ENVIRONMENT, RECIPE, answers, eval_row, finished_run, samples, train_row
@@ -201,3 +202,9 @@ def test_the_headline_of_a_run_is_one_line_with_its_interval(tmp_path):
 def test_no_run_no_report(tmp_path):
     with pytest.raises(RunError, match="is not a run folder"):
         page.write(tmp_path)
+
+
+def test_every_metric_that_is_drawn_is_explained_in_the_guide():
+    guide = (Path(__file__).parents[2] / "docs" / "guide" / "report.md").read_text(encoding="utf-8")
+    for _, _, metrics, _ in page.CHARTS:
+        assert [name for name in metrics if f"`{name}`" not in guide] == []
