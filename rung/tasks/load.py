@@ -56,8 +56,7 @@ def load_task(name: str, options: Mapping[str, Any]) -> Task:
 
 def task_parameters(name: str) -> list[inspect.Parameter]:
     """What a task can be made with, as Python writes it.  Raises TaskError for a name that leads nowhere."""
-    found, _, _ = _find(name)
-    return list(inspect.signature(found).parameters.values())[2 * _is_reward(found) :]
+    return _parameters(_find(name)[0])
 
 
 def absolute(name: str) -> str:
@@ -151,8 +150,12 @@ def _is_reward(found: Any) -> bool:
     return inspect.isfunction(found) and list(inspect.signature(found).parameters)[:2] == ["problem", "text"]
 
 
+def _parameters(found: Any) -> list[inspect.Parameter]:
+    return list(inspect.signature(found).parameters.values())[2 * _is_reward(found) :]
+
+
 def _check_options(name: str, found: Any, options: Mapping[str, Any]) -> None:
-    parameters = list(inspect.signature(found).parameters.values())[2 * _is_reward(found) :]
+    parameters = _parameters(found)
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return
     known = [p.name for p in parameters if p.kind is not p.VAR_POSITIONAL]

@@ -6,7 +6,7 @@ import pytest
 from rung.core.errors import TaskError
 from rung.core.words import Answer, Grade, Message, Problem
 from rung.tasks.arithmetic import Arithmetic
-from rung.tasks.load import absolute, load_task
+from rung.tasks.load import absolute, load_task, task_parameters
 
 GUIDE = Path(__file__).parents[2] / "docs" / "guide" / "tasks.md"
 
@@ -100,6 +100,11 @@ def test_a_class_and_a_function_that_returns_a_task_get_the_options(write):
     assert len(load_task(place + "Spell", {"word": "cat", "times": 4})) == 4
     assert load_task(place + "made", {"times": 2}).problem(0).answer == "tac"
     assert grade(load_task(place + "made", {}), 0, "tac")[0].right
+
+
+def test_the_parameters_of_a_task_are_its_options_and_not_the_arguments_of_a_reward(write):
+    assert [p.name for p in task_parameters(write(REWARD) + "reward")] == ["bonus", "strict"]
+    assert [p.name for p in task_parameters("arithmetic")] == ["operations", "digits", "terms", "prompt", "system"]
 
 
 BAD = {
