@@ -37,7 +37,7 @@ class Runner:
         if old is None or slots > old.slots or rows > old.capacity:
             size = (slots, rows) if old is None else (max(slots, old.slots), max(rows, old.capacity))
             old = self.state = None  # its memory goes first
-            self.state = self.decoder.new_state(size[0], round_up(size[1], TOKEN_BUCKET))
+            self.state = self.decoder.new_state(size[0], _round_up(size[1], TOKEN_BUCKET))
         self._state.free(torch.arange(self._state.slots))
         self._rows = 0
 
@@ -95,10 +95,10 @@ class Runner:
 
 def row_bucket(rows: int) -> int:
     """The number of rows a step of `rows` is computed with."""
-    return next((bucket for bucket in ROW_BUCKETS if bucket >= rows), round_up(rows, ROW_BUCKETS[-1]))
+    return next((bucket for bucket in ROW_BUCKETS if bucket >= rows), _round_up(rows, ROW_BUCKETS[-1]))
 
 
-def round_up(number: int, multiple: int) -> int:
+def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 

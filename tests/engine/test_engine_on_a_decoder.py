@@ -54,12 +54,12 @@ def assert_equal_up_to_near_ties(one: dict, other: dict) -> None:
             assert len(one[key]) == len(other[key])
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8, 1.0])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_tokens_depend_neither_on_the_batch_nor_on_the_order_of_calls(temperature):
-    decoder, asked = tiny_decoder(), requests(9, temperature=temperature)
+    decoder, asked = tiny_decoder(), requests(7, temperature=temperature)
     engine = Engine(decoder, slots=64)
     together = streams(engine, asked)
-    assert sum(len(tokens) for tokens in together.values()) > 150
+    assert sum(len(tokens) for tokens in together.values()) > 100
     assert_equal_up_to_near_ties(together, streams(engine, asked[::-1]))
     for slots in (1, 5):
         assert_equal_up_to_near_ties(together, streams(Engine(decoder, slots=slots), asked))
