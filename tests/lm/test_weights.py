@@ -31,6 +31,17 @@ KINDS = {  # awkward on purpose: no width is a power of two, heads are not width
     "wide heads": {"head_dim": 14},
     "llama3": {"rope_parameters": LLAMA3},
     "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 300.0, "factor": 3.0}},
+    "dynamic": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 300.0, "factor": 3.0}},
+    "longrope": {  # as Phi writes it: the trained length stands outside
+        "original_max_position_embeddings": 64,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 300.0,
+            "factor": 2.0,
+            "short_factor": [1.0, 1.5, 2.0, 3.0, 5.0],
+            "long_factor": [9.0] * 5,
+        },
+    },
     "yarn": {
         "rope_parameters": {
             "rope_type": "yarn",
@@ -166,6 +177,22 @@ def test_rope_is_read_in_the_form_of_transformers_4_and_of_5(tmp_path, field):
     assert spec == RopeSpec(
         theta=500.0, scaling="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_positions=32
     )
+
+
+def test_what_an_old_config_leaves_out_is_what_transformers_takes_it_for():
+    said = {"model_type": "llama", "vocab_size": 51, "hidden_size": 30, "intermediate_size": 37}
+    said |= {"num_hidden_layers": 3, "num_attention_heads": 5}
+    theirs = transformers.LlamaConfig(**said)
+    config = from_hugging_face(said, where="here")
+    mixer = config.blocks[0].mixer
+    assert (mixer.kv_heads, mixer.head_dim) == (theirs.num_key_value_heads, theirs.head_dim) == (5, 6)
+    assert (config.norm_eps, config.tied) == (theirs.rms_norm_eps, theirs.tie_word_embeddings) == (1e-6, False)
+    assert (mixer.rope, config.max_positions) == (RopeSpec(theta=10_000.0), theirs.max_position_embeddings)
+
+
+def test_longrope_ends_where_its_other_factors_would_begin():
+    config = from_hugging_face(their_model(**KINDS["longrope"]).config.to_dict(), where="here")
+    assert config.max_positions == 64
 
 
 @pytest.mark.parametrize(

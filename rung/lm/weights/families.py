@@ -110,8 +110,6 @@ def _rope(raw: Raw) -> RopeSpec:
         raise ConfigError(f"unknown RoPE scaling {kind!r}. {nearest(kind, ['default', *FIELDS])}")
     longest = raw.get("max_position_embeddings", 2048)
     original = raw.get("original_max_position_embeddings") or given.get("original_max_position_embeddings") or longest
-    if kind == "dynamic":
-        original = longest  # transformers scales from this one  [modeling_rope_utils]
     kept = {name: given[name] for name in FIELDS[kind] if given.get(name) is not None}
     kept = {name: tuple(map(float, v)) if isinstance(v, list) else v for name, v in kept.items()}
     kept = {name: float(v) if type(v) is int else v for name, v in kept.items()}
