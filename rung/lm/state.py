@@ -132,9 +132,13 @@ class KVState:
         existing = self.rows[0].shape[3]
         if existing // 2 < wanted <= existing:
             return
+        kept, used = (
+            min(wanted, existing),
+            max([slot + 1 for slot in self.length_S.nonzero()[:, 0].tolist()], default=0),
+        )
         for layer, rows in enumerate(self.rows):
             fresh = rows.new_zeros(*rows.shape[:3], wanted, rows.shape[4])
-            kept = min(wanted, existing)
-            fresh[:, :, :, :kept] = rows[:, :, :, :kept]
+            fresh[:, :used, :, :kept] = rows[:, :used, :, :kept]
             self.rows[layer] = fresh
         self.clean_S = torch.where(self.clean_S >= existing, wanted, self.clean_S.clamp(max=wanted))
+        self.clean_S[used:] = wanted

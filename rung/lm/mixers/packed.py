@@ -169,13 +169,13 @@ class _Attend(torch.autograd.Function):
     def forward(ctx: Any, qkv_TE: Tensor, plan: PackedPlan) -> tuple[Tensor, Tensor]:
         heads, kv_heads, head_dim = plan.spec.heads, plan.spec.kv_heads, plan.spec.head_dim
         qkv_THd = qkv_TE.view(-1, heads + 2 * kv_heads, head_dim)
-        q_Nd = qkv_TE.new_zeros(len(qkv_TE) * heads + 1, head_dim)
+        q_Nd = _with_zero_row(qkv_TE, len(qkv_TE) * heads, head_dim)
         q_THd = q_Nd[:-1].view(-1, heads, head_dim).copy_(qkv_THd[:, :heads])
         kv_TKd = qkv_THd[:, heads:].contiguous()
         rotate_(q_THd, plan.cos_T1d, plan.sin_T1d)
         rotate_(kv_TKd[:, :kv_heads], plan.cos_T1d, plan.sin_T1d)
         q_Md, k_Nd, v_Nd = _gather(q_Nd, kv_TKd, plan)
-        out_Md = q_Md.new_zeros(len(q_Md) + 1, head_dim)
+        out_Md = _with_zero_row(q_Md, len(q_Md), head_dim)
         for tile in plan.tiles:
             q, k, v, out = _views(tile, kv_heads, (q_Md, k_Nd, v_Nd, out_Md))
             torch.bmm(_weights(q, k, tile), v, out=out)
@@ -193,7 +193,8 @@ class _Attend(torch.autograd.Function):
         q_Md, k_Nd, v_Nd = _gather(q_Nd, kv_TKd, plan)
         dout_Nd = torch.cat((dout_TO.reshape(-1, head_dim), dout_TO.new_zeros(1, head_dim)))
         dout_Md = dout_Nd.index_select(0, plan.query_M)
-        dq_Md, dk_Nd, dv_Nd = q_Md.new_zeros(len(q_Md) + 1, head_dim), torch.empty_like(k_Nd), torch.empty_like(v_Nd)
+        dq_Md = _with_zero_row(q_Md, len(q_Md), head_dim)
+        dk_Nd, dv_Nd = torch.empty_like(k_Nd), torch.empty_like(v_Nd)
         for tile in plan.tiles:
             q, k, v, dout = _views(tile, kv_heads, (q_Md, k_Nd, v_Nd, dout_Md))
             dq, dk, dv, _ = _views(tile, kv_heads, (dq_Md, dk_Nd, dv_Nd, dout_Md))
@@ -211,6 +212,13 @@ class _Attend(torch.autograd.Function):
         rotate_(dq_THd, plan.cos_T1d, -plan.sin_T1d)
         rotate_(dkv_TKd[:, :kv_heads], plan.cos_T1d, -plan.sin_T1d)
         return torch.cat((dq_THd, dkv_TKd), 1).flatten(1), None
+
+
+def _with_zero_row(like: Tensor, rows: int, head_dim: int) -> Tensor:
+    """Room for `rows` rows, and one row of zeros behind them."""
+    room = like.new_empty(rows + 1, head_dim)
+    room[-1] = 0
+    return room
 
 
 def _gather(q_Nd: Tensor, kv_TKd: Tensor, plan: PackedPlan) -> tuple[Tensor, Tensor, Tensor]:
