@@ -195,6 +195,12 @@ def test_an_answer_is_right_when_it_is_equal_and_ended_by_itself():
     assert not grade(problem, "-20").right
 
 
+def test_an_opening_is_the_first_words_of_the_answer_and_has_no_part_in_the_content():
+    problem = Arithmetic(opening="{expression} =").problem(5)
+    assert [(m.role, m.content) for m in problem.messages[1:]] == [("assistant", "15 + 10 =")]
+    assert problem.id == Arithmetic().problem(5).id
+
+
 def test_a_system_message_and_another_prompt_change_the_words_and_not_the_content():
     plain = Arithmetic().problem(5)
     other = Arithmetic(system="You calculate.", prompt="{expression}=").problem(5)
