@@ -135,6 +135,16 @@ def test_k3_as_a_loss_is_the_forward_kl_of_one_token():
     assert verdict.error < EXACT
 
 
+def test_k3_in_the_reward_descends_the_reverse_minus_the_forward_kl_of_one_token():
+    s = SETUPS["one"]
+    verdict = s.check(
+        KL_LOSSES["k3 in the reward"],
+        on_policy=True,
+        claim=lambda p: truth.expected_kl(p, s.reference) - forward_kl(s.reference, p),
+    )
+    assert verdict.error < EXACT
+
+
 def forward_kl(reference, policy):
     """KL(reference || policy), differentiable in the policy."""
     pairs = zip(reference.logps((0,)), policy.logps((0,)), strict=True)
