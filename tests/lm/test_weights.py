@@ -190,9 +190,14 @@ def test_what_an_old_config_leaves_out_is_what_transformers_takes_it_for():
     assert (mixer.rope, config.max_positions) == (RopeSpec(theta=10_000.0), theirs.max_position_embeddings)
 
 
-def test_longrope_ends_where_its_other_factors_would_begin():
-    config = from_hugging_face(their_model(**KINDS["longrope"]).config.to_dict(), where="here")
-    assert config.max_positions == 64
+@pytest.mark.parametrize("inside", [True, False])
+def test_longrope_ends_where_its_other_factors_would_begin(inside):
+    raw = their_model(**KINDS["longrope"]).config.to_dict()
+    outside = raw.pop("original_max_position_embeddings")
+    assert raw["rope_parameters"].pop("original_max_position_embeddings") == outside == 64
+    (raw["rope_parameters"] if inside else raw)["original_max_position_embeddings"] = 64
+    config = from_hugging_face(raw, where="here")
+    assert config.max_positions == config.blocks[0].mixer.rope.original_positions == 64
 
 
 @pytest.mark.parametrize(

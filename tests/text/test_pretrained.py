@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from byte_tokenizer import BYTES, lines
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rung.core.errors import ModelError
@@ -59,6 +59,20 @@ def test_streamed_pieces_of_valid_text_hold_whole_characters_only(text):
     pieces = [stream.push(i) for i in BYTES.encode(text)]
     assert "".join(pieces) + stream.flush() == text
     assert all("�" not in piece for piece in pieces if "�" not in text)
+
+
+@given(st.lists(st.sampled_from([0, 1, 2]), max_size=8))
+@example([0, 2, 1])
+def test_a_decoder_that_looks_at_the_token_before_keeps_its_spaces(ids):
+    import tokenizers
+    from tokenizers import decoders, models
+
+    made = tokenizers.Tokenizer(models.BPE(vocab={"▁a": 0, "▁b": 1}, merges=[]))
+    made.decoder = decoders.Metaspace()  # drops the space of the first token it sees
+    made.add_special_tokens(["<s>"])
+    tokenizer = Tokenizer(made, eos_ids=(), names={})
+    stream = TextStream(tokenizer)
+    assert "".join([*(stream.push(i) for i in ids), stream.flush()]) == tokenizer.decode(ids)
 
 
 @given(st.text("abé😀", max_size=20), st.lists(st.text("abé😀", min_size=1, max_size=4), min_size=1, max_size=3))
