@@ -47,6 +47,7 @@ def act(text):
             while True: print("x" * 1000)
         case "flood": sys.stderr.write("y" * 10_000_000)
         case "close": os.close(1); os.close(2)
+        case "mute": os.close(1); os.close(2); time.sleep(0.5)
         case "memory": bytearray(1 << 42)
         case "recurse": act("recurse")
         case "read": sys.stdin.read(); input()
@@ -107,6 +108,12 @@ def test_noise_on_every_channel_does_not_touch_the_grades(place, grader):
     grades = grader.grade(ask(place, *((CAT, text) for text in texts)))
     assert [grade.right for grade in grades] == [text == "tac" for text in texts]
     assert grades[1] == grades[4] == Grade(score=1.0, right=True)
+
+
+def test_waiting_for_a_child_that_closed_its_channels_costs_no_computing(place, grader):
+    started = time.process_time()
+    grader.grade(ask(place, (CAT, "mute")))
+    assert time.process_time() - started < 0.25  # of 0.5 seconds waited
 
 
 def test_a_verifier_that_fails_on_the_known_good_answer_too_leaves_the_grade_unknown(place, grader):
