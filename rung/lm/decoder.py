@@ -50,6 +50,8 @@ class Decoder(nn.Module):
         """Hidden states after the final norm, in the compute dtype.
 
         With a state nothing is differentiated, and the new rows stay pending until `state.commit`."""
+        if torch.is_grad_enabled():
+            self.kept_head.forget()  # a learner multiplies by `head_weight()` itself, and will change it
         if state is None:
             return self._through_blocks(tokens_T, layout, None)
         with torch.no_grad():

@@ -26,7 +26,12 @@ class KeptBlocks:
     """
 
     def __init__(self) -> None:
-        self.identity = (0, 0)
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop the blocks, and the count of uses."""
+        self.source: Tensor | None = None  # shares the weight's storage, so that its address cannot be given to another
+        self.version = 0
         self.uses = 0
         self.blocks: Tensor | None = None
 
@@ -36,7 +41,7 @@ class KeptBlocks:
     def linear(self, x_ND: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None) -> Tensor:
         """x @ weight.T + bias."""
         if torch.is_grad_enabled():
-            self.blocks, self.uses = None, 0  # fused optimisers do not count their changes, and learners need memory
+            self.forget()  # fused optimisers do not count their changes, and learners need the memory
             return F.linear(x_ND, weight_ED, bias_E)
         if len(x_ND) > PACK_ROWS or not self._kept(weight_ED):
             return F.linear(x_ND, weight_ED, bias_E)
@@ -46,9 +51,10 @@ class KeptBlocks:
         """Are there blocks of this very weight?  Counts the use, and makes them when it is time."""
         if not _worthwhile(weight_ED.device.type, weight_ED.dtype) or weight_ED.is_inference():
             return False
-        identity = (weight_ED.data_ptr(), weight_ED._version)
-        if identity != self.identity:
-            self.identity, self.uses, self.blocks = identity, 0, None
+        source, version = self.source, weight_ED._version
+        if source is None or source.data_ptr() != weight_ED.data_ptr() or self.version != version:
+            self.forget()
+            self.source, self.version = weight_ED.detach(), version
         if self.blocks is None:
             self.uses += 1
             if self.uses > PACK_AFTER:

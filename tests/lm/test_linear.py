@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from rung.core.records import Layout
 from rung.lm import linear
+from rung.lm.decoder import Decoder
 from rung.lm.linear import PACK_AFTER, PACK_ROWS, Linear
+from rung.lm.presets import llama
 
 needs_bf16 = pytest.mark.skipif(
     not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor multiplies no bf16: nothing is kept"
@@ -97,6 +100,24 @@ def test_a_learner_frees_the_blocks_and_a_copy_has_its_own():
         assert layer(x_ND).any()
     layer(x_ND)
     assert layer.kept.blocks is None
+
+
+@needs_bf16
+def test_a_learner_that_never_calls_the_head_changes_it_all_the_same():
+    config = llama(vocab_size=64, width=32, layers=1, heads=2, kv_heads=1, ffn_width=32)
+    decoder = Decoder(config, torch.bfloat16).init_(torch.Generator().manual_seed(0))
+    hidden_ND = torch.ones(2, 32, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for _ in range(PACK_AFTER + 1):
+            before_NV = decoder.head(hidden_ND)
+    assert decoder.kept_head.blocks is not None
+    optimiser = torch.optim.AdamW(decoder.parameters(), lr=0.1, fused=True)
+    F.linear(decoder(torch.arange(5), Layout.chain(5)), decoder.head_weight()).sum().backward()
+    optimiser.step()
+    with torch.no_grad():
+        after_NV = decoder.head(hidden_ND)
+    assert torch.equal(after_NV, F.linear(hidden_ND, decoder.head_weight()).detach())
+    assert not torch.equal(after_NV, before_NV)
 
 
 def test_nothing_is_kept_where_bf16_is_slow_or_for_other_dtypes(monkeypatch):

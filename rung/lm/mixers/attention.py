@@ -22,7 +22,7 @@ Plan = StepPlan | PackedPlan | PlainPlan
 
 def choose_plan(layout: Layout, spec: AttentionSpec, new: Placement | None, like: Tensor) -> Plan:
     """The fastest plan that holds for this layout; `new` is None without a state."""
-    if new is not None and is_step(layout, new):
+    if new is not None and is_step(new):
         return StepPlan.build(layout, spec, new, like)
     if new is None or not bool(new.state.length_S[new.slot_N].any()):
         cut = pieces(layout)

@@ -51,9 +51,8 @@ class StepPlan:
         return torch.cat((out_RO, out_RO.new_zeros(len(qkv_RE) - active, heads * head_dim)))
 
 
-def is_step(layout: Layout, new: Placement) -> bool:
+def is_step(new: Placement) -> bool:
     """One node for each of the slots 0 .. R-1 in order, then fillers?"""
     active = len(new.index_N)
     straight_N = torch.arange(active)
-    roots = bool((layout.parent_T < 0).all())
-    return active > 0 and roots and torch.equal(new.index_N, straight_N) and torch.equal(new.slot_N, straight_N)
+    return active > 0 and torch.equal(new.index_N, straight_N) and torch.equal(new.slot_N, straight_N)
