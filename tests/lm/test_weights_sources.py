@@ -125,8 +125,22 @@ def test_a_full_disk_names_the_folder_and_the_way_out(shelf, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(sources, "convert", full)
-    with pytest.raises(ModelError, match=r"cannot write the converted model.*No space left.*RUNG_CACHE"):
+    with pytest.raises(ModelError, match=r"cannot .*write its converted form into .*No space left.*point RUNG_CACHE"):
         locate("tiny")
+
+
+def test_a_cache_that_cannot_be_written_names_the_way_out(shelf, monkeypatch, tmp_path):
+    (tmp_path / "a file").write_text("")
+    monkeypatch.setenv("RUNG_CACHE", str(tmp_path / "a file" / "cache"))
+    with pytest.raises(ModelError, match=r"a file/cache .*Not a directory.*point RUNG_CACHE"):
+        locate("tiny")
+
+
+def test_a_folder_may_have_a_packaged_models_name(monkeypatch, tmp_path):
+    (tmp_path / "smollm2-135m").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for given in ("./smollm2-135m", Path("smollm2-135m")):
+        assert locate(given).samefile(tmp_path / "smollm2-135m")
 
 
 def test_an_unknown_name_gets_the_nearest_and_the_kinds_that_exist():

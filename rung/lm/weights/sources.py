@@ -56,16 +56,23 @@ PACKAGED: Mapping[str, Packaged] = {
 def locate(name_or_path: str | Path, listener: Listener = silent) -> Path:
     """The Hugging Face folder of a packaged name, of a folder, or of a .gguf file (converted into the cache).
 
-    Raises ModelError: unknown name, no network, corrupt file.
+    A string that is a packaged name means that model; a folder of the same name is `./name`, or a Path.
+    Raises ModelError: unknown name, no network, corrupt file, no room.
     """
-    if str(name_or_path) in PACKAGED:
-        return _packaged(str(name_or_path), PACKAGED[str(name_or_path)], listener)
     path = Path(name_or_path).expanduser()
+    try:
+        if isinstance(name_or_path, str) and name_or_path in PACKAGED:
+            return _packaged(name_or_path, PACKAGED[name_or_path], listener)
+        if path.is_file():
+            digest = _sha256(path)
+            return _cached(f"gguf-{digest[:16]}", path, {"sha256": digest, "file": str(path)}, listener)
+    except OSError as error:
+        raise ModelError(
+            f"cannot read {name_or_path} or write its converted form into {cache_folder()} ({error}). The default "
+            "model needs about 700 MB there; point RUNG_CACHE to a folder that has room and can be written."
+        ) from error
     if path.is_dir():
         return path
-    if path.is_file():
-        digest = _sha256(path)
-        return _cached(f"gguf-{digest[:16]}", path, {"sha256": digest, "file": str(path)}, listener)
     raise ModelError(
         f"no model {str(name_or_path)!r}: needed a Hugging Face folder, a .gguf file, or a packaged name. "
         + nearest(str(name_or_path), PACKAGED)
@@ -118,11 +125,6 @@ def _cached(entry: str, source: Path, facts: Mapping[str, str], listener: Listen
         with suppress(OSError):  # another process was faster: its copy is as good
             aside.rename(folder)
         return folder
-    except OSError as error:
-        raise ModelError(
-            f"cannot write the converted model to {folder.parent} ({error}). Needed about 600 MB; "
-            "point RUNG_CACHE to a folder with room."
-        ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
