@@ -1,7 +1,8 @@
 """Log-probabilities of given tokens, and entropies, from hidden states: never a tensor of all rows x vocabulary.
 
-The forward keeps two numbers a row (log-sum-exp and entropy); the backward computes the logits of a chunk again.  With
-p the softmax of z = logits / temperature, H its entropy, g and h the incoming gradients of log-prob and entropy:
+The forward keeps two numbers a row (log-sum-exp and entropy); the backward computes the logits of a chunk again.  Only
+the last chunk's are still there, and the backward begins with it: the peak is one chunk all the same.  With p the
+softmax of z = logits / temperature, H its entropy, g and h the incoming gradients of log-prob and entropy:
 
     d loss / d z = g (onehot - p) - h p (log p + H)
 
@@ -66,7 +67,9 @@ class _TokenLogprobs(torch.autograd.Function):
         logp_N, lse_N, entropy_N = (hidden_ND.new_empty(len(hidden_ND), dtype=_wide(hidden_ND.dtype)) for _ in range(3))
         if not entropy:
             entropy_N.fill_(torch.nan)
+        logits_NV = None
         for rows in _spans(len(hidden_ND), chunk):
+            del logits_NV  # before the next chunk's are made
             logits_NV = hidden_ND[rows] @ weight_VD.T
             for at, z_RV in _blocks(logits_NV, temperature):
                 block = slice(rows.start + at.start, rows.start + at.stop)
@@ -78,7 +81,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 if entropy:
                     entropy_N[block] = lse_N[block] - torch.linalg.vecdot(weight_RV, z_RV) / mass_R
         ctx.save_for_backward(hidden_ND, weight_VD, target_N, lse_N, entropy_N)
-        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.temperature, ctx.chunk, ctx.last_logits_NV = temperature, chunk, logits_NV
         ctx.set_materialize_grads(False)
         if not entropy:
             ctx.mark_non_differentiable(entropy_N)
@@ -92,8 +95,9 @@ class _TokenLogprobs(torch.autograd.Function):
         g_N = torch.zeros_like(lse_N) if g_N is None else g_N
         d_hidden_ND = torch.empty_like(hidden_ND) if want_hidden else None
         d_weight_VD = _Accumulator(weight_VD) if want_weight else None
-        for rows in _spans(len(hidden_ND), ctx.chunk):
-            logits_NV = hidden_ND[rows] @ weight_VD.T
+        logits_NV, ctx.last_logits_NV = ctx.last_logits_NV, None  # overwritten below: a second backward makes its own
+        for rows in reversed(_spans(len(hidden_ND), ctx.chunk)):
+            logits_NV = hidden_ND[rows] @ weight_VD.T if logits_NV is None else logits_NV
             for at, z_RV in _blocks(logits_NV, ctx.temperature):
                 block = slice(rows.start + at.start, rows.start + at.stop)
                 z_RV.sub_(lse_N[block, None])
@@ -108,6 +112,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 torch.mm(logits_NV, weight_VD, out=d_hidden_ND[rows])
             if d_weight_VD is not None:
                 d_weight_VD.add_product(logits_NV.T, hidden_ND[rows])
+            logits_NV = None
         return d_hidden_ND, d_weight_VD.total() if d_weight_VD else None, None, None, None, None
 
 

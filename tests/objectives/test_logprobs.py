@@ -64,6 +64,14 @@ def test_the_weights_gradient_of_many_chunks_loses_nothing_to_bf16():
     assert weight_VD.grad[:, 0].tolist() == pytest.approx([rows / 512, -rows / 512], rel=2**-8)
 
 
+def test_a_second_backward_through_the_same_graph_gives_the_same_gradient():
+    hidden_ND, weight_VD, target_N, _ = problem(torch.float64)
+    hidden_ND.requires_grad_()
+    total = token_logprobs(hidden_ND, weight_VD, target_N, chunk=10)[0].sum()
+    first, second = (torch.autograd.grad(total, hidden_ND, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
 def test_extreme_logits_stay_finite():
     weight_VD = torch.tensor([[3e4], [0.0], [-3e4]], requires_grad=True)
     logp_N, entropy_N = token_logprobs(torch.ones(3, 1), weight_VD, torch.arange(3))
