@@ -73,7 +73,15 @@ class TaskSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Optim:
-    """AdamW on fp32 masters.  schedule: constant, linear or cosine (to zero at num_steps), after `warmup` steps."""
+    """AdamW on fp32 masters.
+
+    lr:           the highest learning rate
+    beta1, beta2, eps: AdamW's decay rates and denominator
+    weight_decay: of matrices; norms and biases have none
+    grad_clip:    largest norm of the gradient
+    warmup:       updates in which the rate rises linearly
+    schedule:     constant, linear or cosine (to zero at num_steps), after the warm-up
+    """
 
     lr: float = 1e-5
     beta1: float = 0.9
@@ -91,6 +99,7 @@ class GroupRL:
 
     name:            of the run, and of its folder under `runs/`
     model:           a name (`smollm2-135m`) or a Hugging Face folder
+    seed:            of all draws; also names the training problems
     num_steps:       rollout-and-learn steps
     prompts_per_step, samples_per_prompt: groups of a step, and their size (G)
     max_tokens, temperature: of a sample; the learner scores at the same temperature

@@ -4,6 +4,7 @@ Every sample has a key of its own, `derive_key(run seed, step, problem, draw)`, 
 problem within a step, refills and repeats included.  A group's tokens depend on nothing else but the weights.
 """
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ class LocalRollouts:
     def __init__(self, model: Model, engine: Engine, *, sampling: Sampling, samples: int, seed: int, grade: GradeAll):
         self.model, self.engine, self.grade = model, engine, grade
         self.sampling, self.samples, self.seed = sampling, samples, seed
-        self.stats = EngineStats()
+        self.stats, self.seconds_grade = EngineStats(), 0.0
         self._waiting: list[tuple[Sequence[Ask], WeightsRef]] = []
 
     def submit(self, asks: Sequence[Ask], weights: WeightsRef) -> None:
@@ -79,18 +80,31 @@ class LocalRollouts:
             GroupRequest(prompt_ids=prompt, keys=self.keys(ask), sampling=self.sampling)
             for ask, prompt in zip(asks, prompts, strict=True)
         ]
-        drawn, self.stats = self.engine.run(requests, weights=weights)
+        drawn, stats = self.engine.run(requests, weights=weights)
+        self.stats += stats
         texts = [tuple(self.model.tokenizer.decode(c.token_ids) for c in group) for group in drawn]
         questions = [
             (ask, number, c.token_ids, answer_to(ask.problem, c, text))
             for ask, group, group_texts in zip(asks, drawn, texts, strict=True)
             for number, (c, text) in enumerate(zip(group, group_texts, strict=True))
         ]
+        began = time.perf_counter()
         grades = iter(self.grade(questions))
+        self.seconds_grade += time.perf_counter() - began
         return [
             Group(ask=a, prompt_ids=p, completions=tuple(g), texts=t, grades=tuple(next(grades) for _ in g))
             for a, p, g, t in zip(asks, prompts, drawn, texts, strict=True)
         ]
+
+    def take_costs(self) -> dict[str, float]:
+        """Seconds spent since the last call, as metrics."""
+        stats, seconds_grade = self.stats, self.seconds_grade
+        self.stats, self.seconds_grade = EngineStats(), 0.0
+        return {
+            "seconds_prefill": stats.seconds_prefill,
+            "seconds_decode": stats.seconds_decode,
+            "seconds_grade": seconds_grade,
+        }
 
     def keys(self, ask: Ask) -> tuple[int, ...]:
         """Keys of a group's samples: no two requests of a run share one."""

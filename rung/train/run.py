@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rung.core.checkpoint import Checkpoint, load_newest, save
+from rung.core.config import diff
 from rung.core.environment import environment
 from rung.core.errors import RunError
 from rung.core.progress import Listener, Progress, silent
@@ -28,7 +29,6 @@ from rung.train.grpo import GAP_ALARM, StepRecord, train_step
 from rung.train.session import PhaseLog, Session, check_recipe, fingerprint, open_session, self_test, use_threads
 
 SAME_PLACE = ("noise_law", "torch", "torch_build", "cpu", "capability", "threads", "gpu")
-TIMES = ("seconds_prefill", "seconds_decode", "seconds_grade", "seconds_learn")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,10 +50,10 @@ def train(
     check_recipe(recipe)
     folder = Path(folder or Path("runs") / recipe.name)
     if or_resume and (folder / "config.json").exists():
-        if open_run(folder).config(GroupRL) != recipe:
+        if changed := diff(open_run(folder).config(GroupRL), recipe):
             raise RunError(
-                f"{folder} holds a run of another configuration: `rung resume {folder}` goes on with that one; "
-                "choose another --name for this one."
+                f"{folder} holds a run of another configuration ({', '.join(changed)}): `rung resume {folder}` goes on "
+                "with that one; choose another --name for this one."
             )
         return resume(folder, listener=listener)
     use_threads(recipe.threads)
@@ -116,11 +116,7 @@ def _steps(run: RunDir, session: Session, start: int, base: str, phase: PhaseLog
     for step in range(start + 1, recipe.num_steps + 1):
         phase.step = step
         record = train_step(session.trainer, step)
-        stats = session.rollouts.stats
-        metrics = record.metrics | {
-            "seconds_prefill": stats.seconds_prefill,
-            "seconds_decode": stats.seconds_decode,
-        }
+        metrics = record.metrics | session.rollouts.take_costs()
         phase("record")
         run.append("samples", _sample_records(step, record, session))
         run.append("metrics", [{"kind": "train", "step": step} | metrics])
