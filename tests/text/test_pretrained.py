@@ -124,3 +124,16 @@ def test_unknown_tokens_are_errors():
     with pytest.raises(ModelError, match="no token number 258; it has 258"):
         BYTES.token_of(258)
     assert BYTES.token_of(BYTES.id_of("</s>")) == "</s>"
+
+
+def test_a_begin_token_is_added_on_demand_only():
+    import tokenizers
+    from tokenizers.processors import TemplateProcessing
+
+    made = tokenizers.Tokenizer.from_str(BYTES._plain.to_str())
+    made.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
+    tokenizer = Tokenizer(made, eos_ids=(), names={})
+    plain = BYTES.encode("a<s>")
+    assert tokenizer.encode("a<s>") == plain
+    assert tokenizer.encode("a<s>", add_special_tokens=True) == [256, *plain]
+    assert tokenizer.encode_control("a<s>") == [*BYTES.encode("a"), 256]  # a template writes its own
