@@ -140,5 +140,4 @@ class KVState:
             fresh = rows.new_zeros(*rows.shape[:3], wanted, rows.shape[4])
             fresh[:, :used, :, :kept] = rows[:, :used, :, :kept]
             self.rows[layer] = fresh
-        self.clean_S = torch.where(self.clean_S >= existing, wanted, self.clean_S.clamp(max=wanted))
-        self.clean_S[used:] = wanted
+        self.clean_S = torch.where(self.clean_S >= existing, wanted, self.clean_S)  # fresh rows are zeros
