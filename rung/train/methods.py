@@ -119,6 +119,8 @@ def is_dead(method: Method, group: Sequence[Sample]) -> bool:
 
     Its tokens still belong to the denominators of the step.
     """
+    if not any(bool(s.trainable.any()) for s in group):
+        return True  # all were cut off, and overlong is "mask"
     silent = all(not bool((s.streams["advantage"][s.trainable] != 0).any()) for s in group)
     return silent and not needs_reference(method) and method.entropy_coef == 0
 
@@ -191,7 +193,8 @@ def _view(scores: TokenScores, batch: PackedBatch) -> _Tokens:
 def _policy_term(method: Method) -> Callable[[_Tokens], Term]:
     surrogate, count = SURROGATES[method.surrogate], DENOMINATORS[method.denominator].count
     bounds = {"eps_low": method.eps_low, "eps_high": method.eps_high}
-    advantage = _penalised_advantage(method) if method.kl == "k1_reward" else _plain_advantage
+    penalised = needs_reference(method) and method.kl == "k1_reward"
+    advantage = _penalised_advantage(method) if penalised else _plain_advantage
 
     def per_token(x: _Tokens) -> Term:
         value_T = surrogate(x.logp_T, x.logp_old_T, advantage(x), **bounds)

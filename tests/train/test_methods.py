@@ -249,6 +249,7 @@ def test_a_step_whose_samples_were_all_cut_off_has_loss_zero_and_not_nan(name):
     groups = [group_streams(method, g, max_tokens=6, cut=[True] * 3) for g in random_groups(METHODS_TRIED[name])]
     samples = flat(groups)
     loss, gradient = loss_and_gradient(method, [pack_one(samples, counts=count(samples))])
+    assert all(is_dead(method, group) for group in groups)
     assert loss == 0
     assert not gradient.any()
 
@@ -280,6 +281,17 @@ def test_only_methods_with_a_kl_of_some_weight_need_a_reference():
     needed = {name for name, method in METHODS.items() if needs_reference(method)}
     assert needed == {"rloo", "grpo"}
     assert not needs_reference(replace(METHODS["grpo"], kl_coef=0.0))
+
+
+@pytest.mark.parametrize("kl", ["none", "k1_reward", "square", "k3_loss"])
+def test_a_coefficient_of_zero_is_no_kl_at_all_and_reads_no_reference(kl):
+    method = replace(METHODS["dr_grpo"], kl=kl, kl_coef=0.0)
+    samples = flat(random_groups(method))
+    without = [replace(s, streams={n: x for n, x in s.streams.items() if n != "logp_ref"}) for s in samples]
+    found, expected = (
+        loss_and_gradient(m, [pack_one(without, counts=count(without))]) for m in (method, METHODS["dr_grpo"])
+    )
+    assert same(found, expected, close=0.0)
 
 
 USUAL = {"samples_per_prompt": 8, "updates_per_rollout": 1, "max_tokens": 16}
