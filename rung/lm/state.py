@@ -132,10 +132,8 @@ class KVState:
         existing = self.rows[0].shape[3]
         if existing // 2 < wanted <= existing:
             return
-        kept, used = (
-            min(wanted, existing),
-            max([slot + 1 for slot in self.length_S.nonzero()[:, 0].tolist()], default=0),
-        )
+        kept = min(wanted, existing)
+        used = max(self.length_S.nonzero()[:, 0].tolist(), default=-1) + 1
         for layer, rows in enumerate(self.rows):
             fresh = rows.new_zeros(*rows.shape[:3], wanted, rows.shape[4])
             fresh[:, :used, :, :kept] = rows[:, :used, :, :kept]
