@@ -13,7 +13,11 @@ import socket
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
+# a busy machine is no wrong answer
+settings.register_profile("rung", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("rung")
 torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True)
 torch.utils.deterministic.fill_uninitialized_memory = True
