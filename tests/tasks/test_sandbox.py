@@ -49,7 +49,7 @@ def act(text):
         case "flood": sys.stderr.write("y" * 10_000_000)
         case "close": os.close(1); os.close(2)
         case "mute": os.close(1); os.close(2); time.sleep(0.5)
-        case "memory": bytearray(1 << 42)
+        case "memory": bytearray(1 << 31)
         case "recurse": act("recurse")
         case "read": sys.stdin.read(); input()
         case "interrupt": raise KeyboardInterrupt
@@ -65,7 +65,7 @@ def place(tmp_path):
 
 @pytest.fixture
 def grader(place):
-    with Grader(place, {}, Limits(seconds=0.7)) as grader:
+    with Grader(place, {}, Limits(seconds=0.7, memory_bytes=1 << 30)) as grader:
         yield grader
 
 
