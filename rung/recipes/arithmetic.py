@@ -8,7 +8,11 @@ from rung.train.config import METHODS, GroupRL, Optim, TaskSpec
 
 
 def arithmetic(*, operations: str = "+", digits: int = 2, terms: int = 2) -> GroupRL:
-    """SmolLM2-135M-Instruct learns sums; about 15 minutes on two cores."""
+    """SmolLM2-135M-Instruct learns sums.
+
+    Dr. GRPO at temperature 1.2 (which keeps carries explored), with a long AdamW memory (beta2) and a loose clip: with
+    0.95 and 1.0 every step has the same length, and accuracy stalls near 75 % (docs/log.md).
+    """
     return GroupRL(
         name="arithmetic",
         task=TaskSpec(
@@ -17,16 +21,18 @@ def arithmetic(*, operations: str = "+", digits: int = 2, terms: int = 2) -> Gro
                 "operations": operations,
                 "digits": digits,
                 "terms": terms,
-                "prompt": "What is {expression}?",
-                "system": "You are a calculator.",
-                "opening": "{expression} =",
+                "prompt": "Calculate {expression}.",
+                "system": "Add the numbers.",
+                "opening": "${expression} =",
             },
         ),
-        num_steps=120,
-        prompts_per_step=16,
+        num_steps=140,
+        prompts_per_step=32,
         samples_per_prompt=8,
         max_tokens=8,
+        temperature=1.2,
         method=METHODS["dr_grpo"],
-        optim=Optim(lr=1e-5, warmup=5, schedule="linear"),
-        eval_every=40,
+        optim=Optim(lr=2e-5, beta2=0.999, grad_clip=10.0, warmup=4, schedule="linear"),
+        eval_every=35,
+        checkpoint_every=35,
     )

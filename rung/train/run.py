@@ -8,7 +8,7 @@ steps after the checkpoint are cut on resume; grades are kept, and replayed.
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from rung.core.records import Sampling
 from rung.core.rundir import RunDir, create, open_run
 from rung.core.words import Message
 from rung.tasks.base import Split, problems
-from rung.tasks.load import load_task
+from rung.tasks.load import absolute, load_task
 from rung.train.config import GroupRL
 from rung.train.estimate import refuse_too_large
 from rung.train.evaluate import Evaluation, evaluate_with
@@ -47,6 +47,7 @@ def train(
     or_resume: where the folder holds this recipe's run already, go on with it, or hand back its result.
     Raises ConfigError, TaskError, ModelError before anything is made, RunError where the folder is taken.
     """
+    recipe = replace(recipe, task=replace(recipe.task, name=absolute(recipe.task.name)))
     check_recipe(recipe)
     folder = Path(folder or Path("runs") / recipe.name)
     if or_resume and (folder / "config.json").exists():
