@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
-HEAVY = ("matplotlib", "rich", "tyro", "jinja2", "gguf", "transformers", "trl", "datasets", "tensorboard")
+HEAVY = ("rich", "jinja2", "gguf", "transformers", "trl", "datasets", "tensorboard")
 EXTRAS = ("dev", "peers", "tensorboard")
 
 
