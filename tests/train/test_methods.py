@@ -254,6 +254,18 @@ def test_a_step_whose_samples_were_all_cut_off_has_loss_zero_and_not_nan(name):
     assert not gradient.any()
 
 
+@pytest.mark.parametrize("name", METHODS_TRIED)
+def test_a_cut_sample_adds_nothing_to_loss_and_gradient_though_it_is_counted(name):
+    method = replace(METHODS_TRIED[name], overlong="mask", overlong_cache=0)
+    cut = [True, False, False]
+    samples = flat(group_streams(method, g, max_tokens=6, cut=cut) for g in random_groups(METHODS_TRIED[name]))
+    counts = count(samples)
+    rest = [sample for sample in samples if bool(sample.trainable.any())]
+    assert len(rest) == 6
+    found, expected = (loss_and_gradient(method, [pack_one(part, counts=counts)]) for part in (samples, rest))
+    assert same(found, expected)
+
+
 def test_measure_counts_what_the_clip_stops_and_sums_entropy_and_kl():
     method = replace(METHODS["grpo"], eps_low=0.3, eps_high=0.4)
     samples = flat(random_groups(method))
