@@ -162,7 +162,7 @@ class Observed:
         sums = measure(self.method, batch, scores)
         new: dict[str, Metric] = {name: Mean(value, tokens) for name, value in sums.items()}
         new["clip_share"] = Mean(sums["clipped_low"] + sums["clipped_high"], tokens)
-        if self.with_gap:  # only here are sampler and learner the same weights
+        if self.with_gap and tokens:  # only before the first update are sampler and learner the same weights
             gap_N = gap(batch, scores)
             new |= {"gap_mean": Mean(float(gap_N.sum()), tokens), "gap_max": Max(float(gap_N.max()))}
         self.metrics = merge(self.metrics, new)
