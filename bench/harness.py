@@ -14,7 +14,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -81,6 +80,11 @@ class Worker:
         """Let it do turn `number`; the time is taken by the side itself, around the work alone."""
         print(number, file=self._process.stdin, flush=True)
         return self._answer()
+
+    def jiffies(self) -> int:
+        """Clock ticks that its process has used, children that have ended included."""
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        return sum(map(int, fields[11:15]))
 
     def close(self) -> None:
         """Close its stdin, which ends it."""
@@ -168,8 +172,7 @@ def compare(
         turns: dict[str, list[Turn]] = {ours.name: [], fastest: []}
         for number in range(1, given.repeats + 1):
             for name, seen in turns.items():
-                load.before_turn()
-                seen.append(workers[name].turn(number))
+                seen.append(load.watched(workers[name], number))
                 print(f"  turn {number:>3} {name:<34} {value(seen[-1]):10.4g} {unit}", flush=True)
     finally:
         for worker in workers.values():
@@ -206,10 +209,7 @@ def measure(what: str, side: Side, value: Value, *, unit: str, bar: str, given: 
     load = Load()
     with Worker(side, given.threads) as worker:
         worker.turn(0)
-        turns = []
-        for number in range(1, given.repeats + 1):
-            load.before_turn()
-            turns.append(worker.turn(number))
+        turns = [load.watched(worker, number) for number in range(1, given.repeats + 1)]
     numbers = [value(turn) for turn in turns]
     median = statistics.median(numbers)
     print(f"  median   {median:.4g} {unit} ({min(numbers):.4g} to {max(numbers):.4g}); bar {bar}")
@@ -219,30 +219,29 @@ def measure(what: str, side: Side, value: Value, *, unit: str, bar: str, given: 
 
 
 class Load:
-    """What others do on this machine while we measure."""
+    """What others do on this machine while a side works."""
 
     def __init__(self) -> None:
-        self.busy: list[float] = []
-        self._steal = _jiffies()
+        self.others: list[float] = []
+        self.stolen: list[float] = []
 
-    def before_turn(self) -> None:
-        """Watch the machine for half a second, in which no side works."""
-        first = _jiffies()
-        time.sleep(0.5)
-        last = _jiffies()
-        self.busy.append((last[0] - first[0]) / max(last[2] - first[2], 1))
+    def watched(self, worker: Worker, number: int) -> Turn:
+        """A turn of the worker; what the cores did beside it is remembered."""
+        busy, stolen, every = _jiffies()
+        own = worker.jiffies()
+        turn = worker.turn(number)
+        busy_after, stolen_after, every_after = _jiffies()
+        beside = busy_after - busy - (worker.jiffies() - own)
+        self.others.append(max(beside, 0) / max(every_after - every, 1))
+        self.stolen.append((stolen_after - stolen) / max(every_after - every, 1))
+        return turn
 
     def summary(self) -> dict:
-        """Printed, and part of the record: the load average, the share of the cores in others' use, stolen time."""
-        now = _jiffies()
-        steal = (now[1] - self._steal[1]) / max(now[2] - self._steal[2], 1)
-        busy = max(self.busy, default=0.0)
-        verdict = "idle" if busy <= BUSY else "NOT IDLE: this number was taken under load"
-        print(
-            f"  machine  load average {os.getloadavg()[0]:.2f} (ours included); others used up to {busy:.0%} of the "
-            f"cores between turns, {steal:.1%} of the time was stolen: {verdict}"
-        )
-        return {"others_busy": busy, "stolen": steal, "load_average": os.getloadavg()[0]}
+        """Printed, and part of the record: the share of the cores that others used, and that the host took away."""
+        others, stolen = max(self.others, default=0.0), max(self.stolen, default=0.0)
+        verdict = "idle" if others <= BUSY and stolen <= BUSY else "NOT IDLE: these numbers were taken under load"
+        print(f"  machine  in the worst turn others used {others:.0%} of the cores, {stolen:.0%} was stolen: {verdict}")
+        return {"others_busy": self.others, "stolen": self.stolen, "load_average": os.getloadavg()[0]}
 
 
 def machine(threads: int) -> dict:

@@ -33,11 +33,13 @@ def turns(monkeypatch, tmp_path):
             seen.append((self.side.name, number))
             return {"seconds": self.side.spec["seconds"] + (100 if number == 0 else number), "tokens": 12}
 
+        def jiffies(self) -> int:
+            return 0
+
         def close(self) -> None:
             seen.append((self.side.name, -1))
 
     monkeypatch.setattr(harness, "Worker", Scripted)
-    monkeypatch.setattr(harness.time, "sleep", lambda _: None)
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
     return seen
 
@@ -97,6 +99,26 @@ def test_a_worker_answers_turns_and_reports_why_it_failed():
     assert answer["peak_bytes"] > 50e6  # an interpreter with torch
     with pytest.raises(SideFailedError, match="no_such_job"):
         Worker(Side(name="nobody", job="bench.ours:no_such_job"), 1)
+
+
+def test_work_of_others_beside_a_turn_is_seen_and_a_sides_own_is_not(monkeypatch, capsys):
+    class Busy:
+        used = 0
+
+        def jiffies(self) -> int:
+            return self.used
+
+        def turn(self, number: int) -> dict[str, float]:
+            self.used += 150  # of the 200 ticks that two cores had
+            return {}
+
+    for busy, idle, verdict in ((155, 45, ": idle"), (195, 5, "NOT IDLE")):
+        ticks = iter([(1000, 0, 5000), (1000 + busy, 0, 5000 + busy + idle)])
+        monkeypatch.setattr(harness, "_jiffies", lambda ticks=ticks: next(ticks))
+        load = harness.Load()
+        load.watched(Busy(), 1)
+        assert load.summary()["others_busy"] == [pytest.approx((busy - 150) / 200)]
+        assert verdict in capsys.readouterr().out
 
 
 def test_both_sides_of_the_learner_get_one_batch_with_uneven_lengths():
