@@ -70,6 +70,8 @@ def resume(folder: str | Path, *, listener: Listener = silent, allow_changed: bo
     """
     run = open_run(folder)
     recipe = run.config(GroupRL)
+    if (finished := _summary(run, recipe)) is not None:
+        return Run(folder=run.folder, summary=finished)
     check_recipe(recipe)
     use_threads(recipe.threads)
     before, now = run.environment(), environment()
@@ -86,9 +88,6 @@ def resume(folder: str | Path, *, listener: Listener = silent, allow_changed: bo
 
 def _go(run: RunDir, recipe: GroupRL, listener: Listener) -> Run:
     with run.lock():
-        finished = _summary(run, recipe)
-        if finished is not None:
-            return Run(folder=run.folder, summary=finished)
         checkpoint = load_newest(run.checkpoints)
         start = checkpoint.step if checkpoint else 0
         for warning in checkpoint.warnings if checkpoint else ():

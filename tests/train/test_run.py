@@ -148,6 +148,7 @@ def test_another_machine_is_refused_unless_allowed(folder, tmp_path):
     with pytest.raises(RunError, match=r"threads was 7, is 1.*--allow-changed"):
         rung.resume(tmp_path / "run")
     assert rung.resume(tmp_path / "run", allow_changed=True).summary["steps"] == 6
+    assert rung.resume(tmp_path / "run").summary["steps"] == 6, "a finished run is handed back anywhere"
 
 
 def test_another_base_model_is_refused(folder, tmp_path):
