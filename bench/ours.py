@@ -89,7 +89,7 @@ def learner(spec: Mapping[str, Any]) -> Turn:
     samples = []
     for number, (prompt, completions, rewards) in enumerate(groups):
         group = [
-            sample_of(prompt, _completion(ids), problem_id=str(number), group_id=number, reward=reward)
+            sample_of(prompt, completion_of(ids), problem_id=str(number), group_id=number, reward=reward)
             for ids, reward in zip(completions, rewards, strict=True)
         ]
         samples += group_streams(GRPO, group, max_tokens=limit)
@@ -159,7 +159,8 @@ def sampling(spec: Mapping[str, Any]) -> Turn:
     return turn
 
 
-def _completion(ids: list[int]) -> Completion:
+def completion_of(ids: list[int]) -> Completion:
+    """These tokens as if they had been sampled."""
     zeros = (0.0,) * len(ids)
     law = Sampling(max_tokens=len(ids))
     return Completion(

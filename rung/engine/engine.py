@@ -18,7 +18,7 @@ from rung.core.records import Completion, GroupRequest
 from rung.core.words import Stop
 from rung.engine.runner import Drawn, Runner
 from rung.engine.sampling import Laws
-from rung.engine.scheduler import PROMPT_SLOTS, Scheduler, Seat
+from rung.engine.scheduler import Scheduler, Seat, prompt_slots
 from rung.engine.types import EngineStats, Event, WeightsRef
 from rung.lm.protocols import Decoder
 
@@ -81,7 +81,7 @@ class Engine:
         self._serving = True
         try:
             rows = max((len(r.prompt_ids) + r.sampling.max_tokens - 1 for r in requests), default=0)
-            self.runner.reserve(slots + min(PROMPT_SLOTS, len(requests)), rows)
+            self.runner.reserve(slots + min(prompt_slots(slots), len(requests)), rows)
             while True:
                 self.runner.copy(schedule.fill())
                 if prompts := schedule.prompts():

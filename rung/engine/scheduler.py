@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-PROMPT_SLOTS = 8  # prompts computed ahead; each costs a slot of memory
 PROMPT_TOKENS = 2048  # of one forward over prompts; a longer prompt goes alone
 
 Seat = tuple[int, int]  # request and sample
@@ -31,7 +30,7 @@ class Scheduler:
     """`active[s]` is the sample that slot s decodes; None is a hole, which `fill` and `compact` close."""
 
     def __init__(self, prompt_lengths: Sequence[int], limits: Sequence[int], *, slots: int) -> None:
-        self.slots = slots
+        self.slots, self._prompt_slots = slots, prompt_slots(slots)
         self.active: list[Seat | None] = []
         self._lengths = prompt_lengths
         self._waiting = deque(sorted(range(len(limits)), key=lambda request: -limits[request]))
@@ -44,7 +43,7 @@ class Scheduler:
         if self._ready or not free:
             return {}
         self._home, tokens = {}, 0
-        while self._waiting and len(self._home) < PROMPT_SLOTS:
+        while self._waiting and len(self._home) < self._prompt_slots:
             tokens += self._lengths[self._waiting[0]]
             if self._home and tokens > PROMPT_TOKENS:
                 break
@@ -83,3 +82,8 @@ class Scheduler:
                 self.active[hole] = seat
                 copies.append(Copy(len(self.active), (hole,)))
         return copies
+
+
+def prompt_slots(slots: int) -> int:
+    """How many prompts are computed ahead, each in a slot of its own behind the decoding ones."""
+    return max(8, slots // 8)

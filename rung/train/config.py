@@ -104,6 +104,7 @@ class GroupRL:
     prompts_per_step, samples_per_prompt: groups of a step, and their size (G)
     max_tokens, temperature: of a sample; the learner scores at the same temperature
     updates_per_rollout: 1 is on-policy; more slices the step's groups, and logp_old is recomputed by the learner
+    slots:           samples decoded at a time, at most; each holds a key-value cache of its own
     tokens_per_micro_batch: upper bound on the flat token axis of one forward and backward pass
     share_prompts:   the group's prompt is computed once in the learner too
     dtype:           auto is bf16 where the machine multiplies it fast, else fp32
@@ -127,6 +128,7 @@ class GroupRL:
     method: Method = METHODS["grpo"]
     optim: Optim = field(default_factory=Optim)
     updates_per_rollout: int = 1
+    slots: int = 256
     tokens_per_micro_batch: int = 2048
     share_prompts: bool = True
     dtype: Literal["auto", "bf16", "fp32"] = "auto"

@@ -12,6 +12,7 @@ import torch
 
 from rung.core.errors import ConfigError
 from rung.core.progress import Listener, silent
+from rung.engine.scheduler import prompt_slots
 from rung.lm.config import DecoderConfig
 from rung.lm.decoder import Decoder
 from rung.lm.weights.families import from_hugging_face
@@ -22,7 +23,6 @@ from rung.train.config import GroupRL
 from rung.train.methods import needs_reference
 from rung.train.session import check_recipe, use_threads
 
-SLOTS = 80  # of the engine: 64 that decode, and prompts waiting to be copied
 PROMPT_GUESS = 64  # tokens of a prompt, before a tokenizer has been asked
 LIBRARY = 450e6  # bytes: Python, torch and tokenizers, as measured on an idle process
 EFFICIENCY = 0.5  # share of the matrix product's rate that whole forward and backward passes reach
@@ -59,7 +59,7 @@ def refuse_too_large(recipe: GroupRL, listener: Listener = silent) -> None:
         largest = max(parts, key=lambda name: parts[name])
         raise ConfigError(
             f"this run needs about {sum(parts.values()) / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; the largest "
-            f"part is {largest} with {parts[largest] / 1e9:.1f} GB. Lower tokens_per_micro_batch or max_tokens, or "
+            f"part is {largest} with {parts[largest] / 1e9:.1f} GB. Lower tokens_per_micro_batch, slots or max_tokens, or "
             "take a smaller model."
         )
 
@@ -77,9 +77,15 @@ def memory(recipe: GroupRL, config: DecoderConfig) -> dict[str, float]:
     }
     rows = PROMPT_GUESS + recipe.max_tokens
     per_row = sum(2 * block.mixer.kv_heads * block.mixer.head_dim for block in config.blocks) * width
-    parts["key-value cache"] = float(SLOTS * rows * per_row)
+    parts["key-value cache"] = float(_slots(recipe) * rows * per_row)
     parts["activations"] = float(recipe.tokens_per_micro_batch * activation_bytes(config, width))
     return parts
+
+
+def _slots(recipe: GroupRL) -> int:
+    """Sequences that the engine holds at a time: samples, and prompts waiting to be copied."""
+    decoding = min(recipe.slots, recipe.prompts_per_step * recipe.samples_per_prompt)
+    return decoding + min(prompt_slots(decoding), recipe.prompts_per_step)
 
 
 def activation_bytes(config: DecoderConfig, width: int) -> float:

@@ -55,7 +55,7 @@ def check_recipe(recipe: GroupRL) -> None:
                 f"{name} = {getattr(recipe, name)} is refused in RL: the learner scores the whole softmax, and samples "
                 f"filtered by {name} would be off-policy in silence. Leave it at {neutral}; temperature is allowed."
             )
-    counts = ("num_steps", "prompts_per_step", "samples_per_prompt", "max_tokens", "updates_per_rollout")
+    counts = ("num_steps", "prompts_per_step", "samples_per_prompt", "max_tokens", "updates_per_rollout", "slots")
     for name in (*counts, "tokens_per_micro_batch", "checkpoint_every", "eval_problems", "validation_problems"):
         if getattr(recipe, name) < 1:
             raise ConfigError(f"{name} must be at least 1, not {getattr(recipe, name)}.")
@@ -101,7 +101,7 @@ def open_session(recipe: GroupRL, run: RunDir, since: int, phase: "PhaseLog", li
         updates = recipe.num_steps * recipe.updates_per_rollout
         learner = Learner(parameters, recipe.optim, num_steps=updates, dtype=compute_dtype(recipe.dtype))
         reference = frozen_copy(model.decoder) if needs_reference(recipe.method) else None
-        engine = Engine(model.decoder, max_positions=model.decoder.config.max_positions)
+        engine = Engine(model.decoder, slots=recipe.slots, max_positions=model.decoder.config.max_positions)
         grade = JournalledGrades(grader, GradeJournal(run, since=since))
         rollouts = LocalRollouts(
             model,

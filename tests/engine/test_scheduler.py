@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from rung.engine.scheduler import PROMPT_SLOTS, PROMPT_TOKENS, Scheduler
+from rung.engine.scheduler import PROMPT_TOKENS, Scheduler, prompt_slots
 
 
 def drive(lengths: list[list[int]], *, slots: int, prompts: list[int] | None = None, limits: list[int] | None = None):
@@ -31,7 +31,7 @@ def drive(lengths: list[list[int]], *, slots: int, prompts: list[int] | None = N
         if fresh := schedule.prompts():
             batches.append(list(fresh))
             for request, slot in fresh.items():
-                assert slots <= slot < slots + PROMPT_SLOTS
+                assert slots <= slot < slots + prompt_slots(slots)
                 held[slot] = request
             left |= {(r, s): n - 1 for r in fresh for s, n in enumerate(lengths[r])}
             schedule.ready([seat for seat in left if seat[0] in fresh and left[seat]])
@@ -95,7 +95,7 @@ def test_groups_of_any_size_are_all_drawn_from_their_own_prompt(slots):
 def test_samples_that_end_with_their_first_token_need_no_slot():
     steps, _, batches = drive([[1, 1]] * 20, slots=4)
     assert steps == 0
-    assert len(batches) == math.ceil(20 / PROMPT_SLOTS)
+    assert len(batches) == math.ceil(20 / prompt_slots(4))
 
 
 def test_rows_stay_dense_while_the_last_samples_finish_one_by_one():

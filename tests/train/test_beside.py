@@ -1,0 +1,92 @@
+"""What the default recipe is measured beside: the variants of its task, supervision, and the command as a whole."""
+
+import sys
+
+import pytest
+import torch
+from tiny import tiny_folder, tiny_recipe
+
+from bench import beside
+from bench.beside_tasks import AnyNumber, CoinFlips, FourShots
+from rung.core.words import Answer
+from rung.tasks.arithmetic import Arithmetic
+from rung.tasks.base import split_of
+from rung.train.config import TaskSpec
+from rung.train.run import train
+
+OPTIONS = {"prompt": "{expression}", "opening": "{expression} ="}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A finished run of one step on sums, with a tiny model."""
+    task = TaskSpec(name="arithmetic", options=OPTIONS)
+    recipe = tiny_recipe(tiny_folder(tmp_path / "model"), name="sums", task=task, num_steps=1, eval_every=0)
+    train(recipe, folder=tmp_path / "sums")
+    return recipe, tmp_path / "sums"
+
+
+def _answers(task, text, stop="eos", count=1):
+    return [Answer(problem=task.problem(index), text=text, stop=stop, num_tokens=3) for index in range(count)]
+
+
+def test_the_lenient_parser_takes_any_number_however_the_text_ends():
+    task = AnyNumber()
+    assert task.problem(0).answer == "20"
+    cases = {"20": True, "20 or 21": True, "is 21, no, 020.0 or": True, "21": False, "120": False, "": False}
+    assert {text: task.grade(_answers(task, text, "length"))[0].right for text in cases} == cases
+
+
+def test_solved_examples_are_four_right_sums_of_the_training_part_before_the_question():
+    task, plain = FourShots(system="s", **OPTIONS), Arithmetic(system="s", **OPTIONS)
+    for index in (0, 17, 4000):
+        problem, alone = task.problem(index), plain.problem(index)
+        assert (problem.id, problem.answer) == (alone.id, alone.answer)
+        assert problem.messages[:1] + problem.messages[-2:] == alone.messages
+        shots = problem.messages[1:-2]
+        assert [m.role for m in shots] == ["user", "assistant"] * 4
+        for asked, solved in zip(shots[::2], shots[1::2], strict=True):
+            left, right = map(int, asked.content.split(" + "))
+            assert solved.content == f"{asked.content} = {left + right}"
+            assert split_of(plain.problem((left - 10) + 90 * (right - 10))) == "train"
+
+
+def test_coin_flips_are_even_differ_between_equal_answers_and_leave_the_accuracy_alone():
+    task = CoinFlips()
+    grades = task.grade(_answers(task, "20", count=400))
+    assert 160 < sum(g.score for g in grades) < 240
+    assert [g.right for g in grades] == [a.problem.answer == "20" for a in _answers(task, "20", count=400)]
+    same = task.grade(_answers(task, "20") * 50)
+    assert {g.score for g in same} == {0.0, 1.0}
+
+
+def test_supervision_raises_the_likelihood_of_the_right_answer(run):
+    recipe, _ = run
+    tutor = beside.Tutor(recipe, num_steps=12)
+    problem = tutor.task.problem(5)
+    prompt = tutor.model.prompt_ids(problem.messages)
+    answer = tutor.model.tokenizer.encode(f" {problem.answer}")
+    answer.append(tutor.model.tokenizer.eos_ids[0])
+
+    def likelihood():
+        with torch.no_grad():
+            logits_BTV = tutor.model.logits(torch.tensor([[*prompt, *answer]]))
+        logp_TV = logits_BTV[0, len(prompt) - 1 : -1].log_softmax(-1)
+        return logp_TV.gather(1, torch.tensor(answer)[:, None]).sum().item()
+
+    tutor.learner.optim = beside.replace(tutor.learner.optim, lr=3e-3, warmup=0)
+    before = likelihood()
+    tutor.teach()
+    assert likelihood() > before + 2
+
+
+def test_the_whole_command_prints_and_records_every_line(run, monkeypatch, tmp_path, capsys):
+    _, folder = run
+    seen = []
+    monkeypatch.setattr(beside, "record", seen.append)
+    monkeypatch.setattr(sys, "argv", ["beside", str(folder)])
+    beside.main()
+    out = capsys.readouterr().out
+    assert len(seen) == 11 and all(one["what"].removeprefix("beside sums: ") in out for one in seen)
+    assert all(one["n"] == 5 for one in seen)
+    assert (tmp_path / "sums-random-rewards" / "model").is_dir()
