@@ -62,8 +62,14 @@ class RunDir:
             raise RunError(str(error)) from error
 
     def environment(self) -> dict[str, Any]:
-        """What the run was started on."""
+        """What the run goes on now; what it ran on before, oldest first, under "earlier"."""
         return _read_json(self.folder / "environment.json")
+
+    def move(self, environment: Mapping[str, Any]) -> None:
+        """The run goes on on another machine, or with another task file."""
+        before = self.environment()
+        moved = {**environment, "earlier": [*before.pop("earlier", []), before]}
+        write_atomic(self.folder / "environment.json", _environment(moved))
 
     def append(self, name: Log, records: Iterable[Mapping[str, Any]]) -> None:
         """Add records to a log in one write, on disk when this returns.  Not-finite numbers are written as null."""
@@ -154,7 +160,7 @@ def create(folder: str | Path, config: Any, environment: Mapping[str, Any]) -> R
         (aside / "checkpoints").mkdir(parents=True)
         write_atomic(aside / "VERSION", f"{FORMAT}\n".encode())
         write_atomic(aside / "config.json", configs.dumps_json(config).encode())
-        write_atomic(aside / "environment.json", (json.dumps(configs.encode(environment), indent=2) + "\n").encode())
+        write_atomic(aside / "environment.json", _environment(environment))
         os.rename(aside, folder)  # replaces an empty folder, refuses another
         fsync_folder(folder.parent)
     except OSError as error:
@@ -162,6 +168,10 @@ def create(folder: str | Path, config: Any, environment: Mapping[str, Any]) -> R
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return RunDir(folder)
+
+
+def _environment(environment: Mapping[str, Any]) -> bytes:
+    return (json.dumps(configs.encode(environment), indent=2) + "\n").encode()
 
 
 def open_run(folder: str | Path) -> RunDir:

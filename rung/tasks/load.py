@@ -12,6 +12,7 @@ prompt, answer and system becomes the problem's facts.  A reward is a number or 
 the answers whose reward is 1.  Options become keyword arguments.
 """
 
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -57,6 +58,12 @@ def load_task(name: str, options: Mapping[str, Any]) -> Task:
 def task_parameters(name: str) -> list[inspect.Parameter]:
     """What a task can be made with, as Python writes it.  Raises TaskError for a name that leads nowhere."""
     return _parameters(_find(name)[0])
+
+
+def source_hash(name: str) -> str:
+    """Names the text of the file behind a task of the user's own; "" for a built-in one, which changes with Rung."""
+    path = None if name in BUILT_IN else inspect.getsourcefile(_find(name)[1])
+    return hashlib.blake2b(Path(path).read_bytes(), digest_size=8).hexdigest() if path else ""
 
 
 def absolute(name: str) -> str:

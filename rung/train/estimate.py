@@ -59,8 +59,8 @@ def refuse_too_large(recipe: GroupRL, listener: Listener = silent) -> None:
         largest = max(parts, key=lambda name: parts[name])
         raise ConfigError(
             f"this run needs about {sum(parts.values()) / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; the largest "
-            f"part is {largest} with {parts[largest] / 1e9:.1f} GB. Lower tokens_per_micro_batch, slots or max_tokens, or "
-            "take a smaller model."
+            f"part is {largest} with {parts[largest] / 1e9:.1f} GB. Lower tokens_per_micro_batch, slots or max_tokens, "
+            "or take a smaller model."
         )
 
 

@@ -20,15 +20,16 @@ from rung.core.progress import Listener, Progress, silent
 from rung.core.records import Sampling
 from rung.core.rundir import RunDir, create, open_run
 from rung.core.words import Message
+from rung.lm.weights.sources import absolute_source
 from rung.tasks.base import Split, problems
-from rung.tasks.load import absolute, load_task
+from rung.tasks.load import absolute, load_task, source_hash
 from rung.train.config import GroupRL
 from rung.train.estimate import refuse_too_large
 from rung.train.evaluate import Evaluation, evaluate_with
 from rung.train.grpo import GAP_ALARM, StepRecord, train_step
 from rung.train.session import PhaseLog, Session, check_recipe, fingerprint, open_session, self_test, use_threads
 
-SAME_PLACE = ("noise_law", "torch", "torch_build", "cpu", "capability", "threads", "gpu")
+SAME_PLACE = ("noise_law", "torch", "torch_build", "cpu", "capability", "threads", "gpu", "task_source")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,9 @@ def train(
     or_resume: where the folder holds this recipe's run already, go on with it, or hand back its result.
     Raises ConfigError, TaskError, ModelError before anything is made, RunError where the folder is taken.
     """
-    recipe = replace(recipe, task=replace(recipe.task, name=absolute(recipe.task.name)))
+    recipe = replace(
+        recipe, model=absolute_source(recipe.model), task=replace(recipe.task, name=absolute(recipe.task.name))
+    )
     check_recipe(recipe)
     folder = Path(folder or Path("runs") / recipe.name)
     if or_resume and (folder / "config.json").exists():
@@ -60,7 +63,7 @@ def train(
     use_threads(recipe.threads)
     load_task(recipe.task.name, recipe.task.options)
     refuse_too_large(recipe, listener)
-    return _go(create(folder, recipe, environment()), recipe, listener)
+    return _go(create(folder, recipe, _place(recipe)), recipe, listener)
 
 
 def resume(folder: str | Path, *, listener: Listener = silent, allow_changed: bool = False) -> Run:
@@ -74,7 +77,7 @@ def resume(folder: str | Path, *, listener: Listener = silent, allow_changed: bo
         return Run(folder=run.folder, summary=finished)
     check_recipe(recipe)
     use_threads(recipe.threads)
-    before, now = run.environment(), environment()
+    before, now = run.environment(), _place(recipe)
     changed = [
         f"{name} was {before.get(name)!r}, is {now[name]!r}" for name in SAME_PLACE if before.get(name) != now[name]
     ]
@@ -83,7 +86,14 @@ def resume(folder: str | Path, *, listener: Listener = silent, allow_changed: bo
             f"{run.folder} cannot be continued bit for bit here: {'; '.join(changed)}. "
             "Resume it where it ran, or pass --allow-changed to go on all the same."
         )
+    if changed:
+        run.move(now)
     return _go(run, recipe, listener)
+
+
+def _place(recipe: GroupRL) -> dict[str, Any]:
+    """What a repetition bit for bit depends on beside the recipe: the machine, and the task's own file."""
+    return environment() | {"task_source": source_hash(recipe.task.name)}
 
 
 def _go(run: RunDir, recipe: GroupRL, listener: Listener) -> Run:

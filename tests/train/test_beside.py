@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from tiny import tiny_folder, tiny_recipe
+from train.tiny import tiny_folder, tiny_recipe
 
 from bench import beside
 from bench.beside_tasks import AnyNumber, CoinFlips, FourShots
@@ -87,6 +87,7 @@ def test_the_whole_command_prints_and_records_every_line(run, monkeypatch, tmp_p
     monkeypatch.setattr(sys, "argv", ["beside", str(folder)])
     beside.main()
     out = capsys.readouterr().out
-    assert len(seen) == 11 and all(one["what"].removeprefix("beside sums: ") in out for one in seen)
+    assert len(seen) == 11
+    assert all(one["what"].removeprefix("beside sums: ") in out for one in seen)
     assert all(one["n"] == 5 for one in seen)
     assert (tmp_path / "sums-random-rewards" / "model").is_dir()

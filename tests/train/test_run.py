@@ -147,8 +147,36 @@ def test_another_machine_is_refused_unless_allowed(folder, tmp_path):
     place.write_text(json.dumps(json.loads(place.read_text()) | {"threads": 7}))
     with pytest.raises(RunError, match=r"threads was 7, is 1.*--allow-changed"):
         rung.resume(tmp_path / "run")
-    assert rung.resume(tmp_path / "run", allow_changed=True).summary["steps"] == 6
+    with pytest.raises(KeyboardInterrupt):
+        rung.resume(tmp_path / "run", allow_changed=True, listener=stop_after(4))
+    now = json.loads(place.read_text())
+    assert now["threads"] == 1
+    assert [earlier["threads"] for earlier in now["earlier"]] == [7]
+    assert rung.resume(tmp_path / "run").summary["steps"] == 6, "the new machine is the run's own"
+    place.write_text(json.dumps(now | {"threads": 7}))
     assert rung.resume(tmp_path / "run").summary["steps"] == 6, "a finished run is handed back anywhere"
+
+
+def test_a_task_file_that_was_edited_is_refused_unless_allowed(folder, tmp_path):
+    source = tmp_path / "mine.py"
+    source.write_bytes((folder.parent / "letters.py").read_bytes())
+    recipe = tiny_recipe(folder, task=TaskSpec(name=f"{source}:reward"))
+    with pytest.raises(KeyboardInterrupt):
+        rung.train(recipe, folder=tmp_path / "run", listener=stop_after(2))
+    source.write_text(source.read_text().replace('"a"', '"b"'))
+    with pytest.raises(RunError, match=r"task_source was.*--allow-changed"):
+        rung.resume(tmp_path / "run")
+    assert rung.resume(tmp_path / "run", allow_changed=True).summary["steps"] == 6
+
+
+def test_a_run_begun_with_relative_paths_is_resumed_from_another_folder(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    recipe = tiny_recipe(Path(folder.name), task=TaskSpec(name="letters.py:reward"))
+    with pytest.raises(KeyboardInterrupt):
+        rung.train(recipe, folder=tmp_path / "run", listener=stop_after(2))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert rung.resume(tmp_path / "run").summary["steps"] == 6
 
 
 def test_another_base_model_is_refused(folder, tmp_path):

@@ -79,6 +79,11 @@ def locate(name_or_path: str | Path, listener: Listener = silent) -> Path:
     )
 
 
+def absolute_source(name_or_path: str) -> str:
+    """A packaged name as it is; a folder or file with its full path, so that it means the same elsewhere."""
+    return name_or_path if name_or_path in PACKAGED else str(Path(name_or_path).expanduser().resolve())
+
+
 def cache_folder() -> Path:
     """$RUNG_CACHE, else rung/ in the user's cache directory (XDG)."""
     given = os.environ.get("RUNG_CACHE")
