@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from rung.core.shapes import Float, Tensor
 
@@ -21,7 +20,19 @@ class RMSNorm(nn.Module):
     def forward(self, x_ND: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
         if torch.is_grad_enabled():
             return _Normalise.apply(x_ND, self.weight, self.eps)
-        return F.rms_norm(x_ND, self.weight.shape, None, self.eps).mul_(self.weight)
+        return _normalised(x_ND, self.weight, self.eps)
+
+
+def _normalised(x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    wide_ND = x_ND.to(torch.promote_types(x_ND.dtype, torch.float32))
+    return (wide_ND * _scale(wide_ND, eps)).to(x_ND.dtype).mul_(weight_D)
+
+
+def _scale(wide_ND: Tensor, eps: float) -> Tensor:
+    """(mean(x^2) + eps)^(-1/2), [N, 1].  By way of the norm: PyTorch's own rms_norm squares x into a tensor first, and
+    takes half as long again at 256 rows on a CPU."""
+    norm_N1 = torch.linalg.vector_norm(wide_ND, dim=-1, keepdim=True)
+    return norm_N1.square_().div_(wide_ND.shape[-1]).add_(eps).rsqrt_()
 
 
 class _Normalise(torch.autograd.Function):
@@ -34,14 +45,14 @@ class _Normalise(torch.autograd.Function):
     def forward(ctx: Any, x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(x_ND, weight_D)
         ctx.eps = eps
-        return F.rms_norm(x_ND, weight_D.shape, None, eps).mul_(weight_D)
+        return _normalised(x_ND, weight_D, eps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_ND: Tensor) -> tuple[Tensor, Tensor, None]:
         x_ND, weight_D = ctx.saved_tensors
         wide_ND = x_ND.to(torch.promote_types(x_ND.dtype, torch.float32))
-        scale_N1 = wide_ND.square().mean(-1, keepdim=True).add_(ctx.eps).rsqrt_()
+        scale_N1 = _scale(wide_ND, ctx.eps)
         normed_ND = wide_ND * scale_N1
         dweight_D = (dy_ND * normed_ND.to(dy_ND.dtype)).sum(0)
         g_ND = (dy_ND * weight_D).to(wide_ND.dtype)
