@@ -2,8 +2,8 @@
 
 Memory is a sum of what is known to be held; activations are counted per token of a micro-batch (SmolLM2-135M, 2 025
 tokens: logits and activations take 1.3 GB by this count and 1.5 GB by the process's peak in bf16, 2.5 and 2.4 in
-fp32).  Time is the number of floating-point operations over the rate measured here and now, and is meant to be right
-within a factor of two.
+fp32).  Time is the number of floating-point operations over the rate measured here and now, if every sample runs to its
+limit and every group is learnt from: an upper end, two to three times what a run of short answers takes.
 """
 
 import os
@@ -20,15 +20,18 @@ from rung.lm.decoder import Decoder
 from rung.lm.weights.families import from_hugging_face
 from rung.lm.weights.files import read_json
 from rung.lm.weights.sources import locate
-from rung.model.model import compute_dtype
+from rung.model.model import compute_dtype, load
 from rung.objectives.logprobs import CHUNK_ROWS
+from rung.tasks.base import draw
+from rung.tasks.load import load_task
 from rung.train.config import GroupRL
 from rung.train.methods import needs_reference
 from rung.train.session import check_recipe, use_threads
 
-PROMPT_GUESS = 64  # tokens of a prompt, before a tokenizer has been asked
+PROMPT_GUESS = 64  # tokens of a prompt, where no tokenizer has been asked
+PROMPTS = 16  # that are looked at, where one is
 LIBRARY = 450e6  # bytes: Python, torch and tokenizers, as measured on an idle process
-EFFICIENCY = 0.5  # share of the matrix product's rate that whole forward and backward passes reach
+EFFICIENCY = 0.7  # share of the matrix product's rate that whole forward and backward passes reach
 RATE_SIZE, RATE_REPEATS = (512, 2048, 2048), 4
 
 
@@ -45,13 +48,16 @@ def estimate(recipe: GroupRL) -> Estimate:
     """Memory and time that a recipe needs here.  Raises as `rung.train` does for a recipe that cannot run."""
     check_recipe(recipe)
     use_threads(recipe.threads)
-    config = _config(recipe, silent)
+    model = load(recipe.model, dtype=recipe.dtype)
+    config = model.decoder.config
     parts = memory(recipe, config)
     total = sum(parts.values())
-    seconds = duration(recipe, num_parameters(config), multiply_rate(compute_dtype(recipe.dtype)))
+    problems = draw(load_task(recipe.task.name, recipe.task.options), PROMPTS, seed=recipe.seed, step=1)
+    prompt = sum(len(model.prompt_ids(problem.messages)) for problem in problems) / len(problems)
+    seconds = duration(recipe, num_parameters(config), multiply_rate(compute_dtype(recipe.dtype)), prompt)
     lines = [f"{name:<24}{size / 1e9:8.2f} GB" for name, size in parts.items()]
     lines += [f"{'in all':<24}{total / 1e9:8.2f} GB, of {available_memory() / 1e9:.1f} GB free"]
-    lines += [f"{'time':<24}{seconds / 60:8.1f} min for {recipe.num_steps} steps, within a factor of two"]
+    lines += [f"{'time':<24}{seconds / 60:8.1f} min for {recipe.num_steps} steps, if every sample is as long as may be"]
     return Estimate(bytes=total, seconds=seconds, lines=tuple(lines))
 
 
@@ -106,13 +112,16 @@ def head_bytes(config: DecoderConfig, width: int) -> float:
     return float(config.vocab_size * (width * CHUNK_ROWS + (width + 4) * config.width))
 
 
-def duration(recipe: GroupRL, weights: int, rate: float) -> float:
-    """Seconds of a run of longest samples: 2 operations a weight and token forwards, 4 backwards."""
-    prompts = recipe.prompts_per_step * PROMPT_GUESS
+def duration(recipe: GroupRL, weights: int, rate: float, prompt: float) -> float:
+    """Seconds of a run of longest samples: 2 operations a weight and token forwards, 4 backwards.
+
+    prompt: tokens of one
+    """
+    prompts = recipe.prompts_per_step * prompt
     sampled = recipe.prompts_per_step * recipe.samples_per_prompt * recipe.max_tokens
     rolled = 2.0 * weights * (prompts + sampled)
     learned = (8.0 if needs_reference(recipe.method) else 6.0) * weights * (prompts + sampled)
-    evaluated = 2 * 2.0 * weights * recipe.eval_problems * (PROMPT_GUESS + recipe.max_tokens)
+    evaluated = 2 * 2.0 * weights * recipe.eval_problems * (prompt + recipe.max_tokens)
     return (recipe.num_steps * (rolled + learned) + evaluated) / (rate * EFFICIENCY)
 
 
