@@ -43,8 +43,10 @@ class Runner:
 
     @torch.inference_mode()
     def copy(self, copies: Sequence[Copy]) -> None:
-        for copy in copies:
-            self._state.fork(copy.source, copy.targets)
+        pairs = [(copy.source, target) for copy in copies for target in copy.targets]
+        if pairs:
+            sources, targets = zip(*pairs, strict=True)
+            self._state.fork(sources, targets)
 
     @torch.inference_mode()
     def prefill(self, prompts: Mapping[int, Sequence[int]], samples: Sequence[int], laws: Laws) -> list[Drawn]:

@@ -22,8 +22,9 @@ class State(Protocol):
     capacity: int
     length_S: Int[Tensor, "S"]  # committed rows of every slot; the next token's position is its slot's length
 
-    def fork(self, source: int, targets: Sequence[int]) -> None:
-        """Copy one slot's committed rows to other slots (a group's prompt, computed once; or a slot moved)."""
+    def fork(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy the committed rows of slot sources[i] to slot targets[i], all at once (a group's prompt, computed once;
+        slots moved).  A target is named once, and what it held is not read."""
 
     def commit(self, slot_S: Int[Tensor, "S"], path_SN: Int[Tensor, "S N"], count_S: Int[Tensor, "S"]) -> None:
         """Accept pending rows of the last forward: of slot s, the count_S[s] first entries of path_SN[s], which number

@@ -91,14 +91,16 @@ class KVState:
                 rows[:, of_start_N, :, start:] = 0
         self.clean_S[dirty_N] = existing
 
-    def fork(self, source: int, targets: Sequence[int]) -> None:
-        """Copy the committed rows of slot `source` to the slots `targets`."""
-        length, slots = int(self.length_S[source]), [slot for slot in targets if slot != source]
+    def fork(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy the committed rows of slot sources[i] to slot targets[i]; see `protocols.State`."""
+        source_N, target_N = torch.tensor(sources), torch.tensor(targets)
+        length_N = self.length_S[source_N]
+        longest = int(length_N.max())
         for rows in self.rows:
-            rows[:, slots, :, :length] = rows[:, [source], :, :length]
-        self.length_S[slots] = length
-        self.pending_S[slots] = 0
-        self.clean_S[slots] = length
+            rows[:, target_N, :, :longest] = rows[:, source_N, :, :longest]
+        self.length_S[target_N] = length_N
+        self.pending_S[target_N] = 0
+        self.clean_S[target_N] = length_N
 
     def commit(self, slot_S: Int[Tensor, "S"], path_SN: Int[Tensor, "S N"], count_S: Int[Tensor, "S"]) -> None:
         """Accept the first count_S[s] entries of path_SN[s] of slot slot_S[s]; see `protocols.State`."""

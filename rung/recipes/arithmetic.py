@@ -26,7 +26,7 @@ def arithmetic(*, operations: str = "+", digits: int = 2, terms: int = 2) -> Gro
                 "opening": "${expression} =",
             },
         ),
-        num_steps=200,
+        num_steps=190,
         prompts_per_step=32,
         samples_per_prompt=8,
         max_tokens=8,

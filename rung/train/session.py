@@ -165,8 +165,9 @@ def fingerprint(parameters: Mapping[str, Tensor]) -> str:
     """A hash of weights: the sum of each tensor's bits, and names.  Any single changed value changes it."""
     names: list[int | str] = []
     for name, parameter in parameters.items():
-        bits = parameter.detach().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()])
-        names += [name, int(bits.sum(dtype=torch.int64))]
+        flat = parameter.detach().flatten()
+        whole = len(flat) * flat.element_size() // 8 * 8 // flat.element_size()  # what fills 64-bit words
+        names += [name, int(flat[:whole].view(torch.int64).sum()), *map(str, flat[whole:].tolist())]
     return f"{derive_key(*names):016x}"
 
 

@@ -24,9 +24,11 @@ class PrefixState:
     def length_S(self) -> Tensor:
         return torch.tensor([len(tokens) for tokens in self.committed])
 
-    def fork(self, source: int, targets: Sequence[int]) -> None:
-        assert self.committed[source], "nothing to fork"
-        for target in targets:
+    def fork(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        assert len(set(targets)) == len(targets) == len(sources)
+        assert not set(sources) & set(targets), "a slot would be read and written at once"
+        for source, target in zip(sources, targets, strict=True):
+            assert self.committed[source], "nothing to fork"
             self.committed[target] = list(self.committed[source])
 
     def commit(self, slot_S: Tensor, path_SN: Tensor, count_S: Tensor) -> None:

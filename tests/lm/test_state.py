@@ -60,9 +60,13 @@ class History:
             rows[:, slot, :, start:stop] = torch.nan
 
     def fork(self) -> None:
-        source, *targets = self.rng.permutation(SLOTS)[: self.rng.integers(1, SLOTS + 1)].tolist()
-        self.state.fork(source, [*targets, source])
-        for target in targets:
+        """Some slots to some others, one source perhaps to many."""
+        order = self.rng.permutation(SLOTS).tolist()
+        cut = int(self.rng.integers(1, SLOTS))
+        targets = order[cut:]
+        sources = self.rng.choice(order[:cut], len(targets)).tolist()
+        self.state.fork(sources, targets)
+        for source, target in zip(sources, targets, strict=True):
             self.committed[target] = list(self.committed[source])
             self.kill(target, len(self.committed[target]))
 

@@ -90,3 +90,17 @@ def test_a_run_killed_in_any_phase_goes_on_bit_for_bit(phase, recipe_file, whole
             check_continuation(folder, whole)
             return
     raise AssertionError(f"five kills, and none fell inside {phase}")
+
+
+def test_a_disk_that_fills_up_while_a_checkpoint_is_written_is_named_and_nothing_is_lost(recipe_file, whole, tmp_path):
+    """A limit on the size of files, below that of a checkpoint's tensors and above that of all logs so far."""
+    largest = max(p.stat().st_size for p in (whole / "checkpoints").rglob("*.safetensors"))
+    limit = largest // 1024 - 4
+    limited = ["bash", "-c", f'ulimit -f {limit}; exec "$@"', "-", *command("train", recipe_file)]
+    folder = tmp_path / "run"
+    failed = subprocess.run([*limited, "--folder", str(folder)], capture_output=True, text=True, env=environment())
+    assert failed.returncode == 1
+    assert "Traceback" not in failed.stderr
+    assert "the checkpoint of step 2 needs" in failed.stderr
+    assert not list((folder / "checkpoints").iterdir()), "half a checkpoint was left"
+    check_continuation(folder, whole)
