@@ -166,9 +166,11 @@ def compare(
                 print(f"  left out: {failure}", flush=True)
                 continue
             print(f"  warm-up  {side.name:<34} {trials[side.name]:10.4g} {unit}", flush=True)
-        fastest = best((p.name for p in peers if p.name in trials), key=lambda name: trials[name])
-        for name in [name for name in workers if name not in (ours.name, fastest)]:
-            workers.pop(name).close()
+            fastest = best((p.name for p in peers if p.name in trials), key=lambda name: trials[name], default="")
+            for name in [name for name in workers if name not in (ours.name, fastest)]:
+                workers.pop(name).close()  # at once: three peers together may not fit into memory
+        if not fastest:
+            raise SideFailedError("no peer answered: there is nothing to compare with")
         turns: dict[str, list[Turn]] = {ours.name: [], fastest: []}
         for number in range(1, given.repeats + 1):
             for name, seen in turns.items():

@@ -75,6 +75,13 @@ def test_only_the_fastest_peer_goes_on_and_a_broken_one_is_left_out(turns, peers
     assert turns.index(("slow peer", -1)) < turns.index(("ours", 1)), "it would still hold its memory"
 
 
+def test_a_peer_that_lost_is_gone_before_the_next_one_starts(turns):
+    third = Side(name="third peer", job="-", spec={"seconds": 7.0})
+    _compared([SLOW, FAST, third], higher_is_better=False)
+    assert turns.index(("slow peer", -1)) < turns.index(("third peer", 0)), "together they may not fit into memory"
+    assert turns.index(("third peer", -1)) < turns.index(("ours", 1))
+
+
 def test_the_highest_value_is_the_fastest_where_higher_is_better(turns):
     result = compare("x", OURS, [SLOW, FAST], harness.tokens_per_second, unit="tokens/s", bar="-", given=GIVEN)
     assert result["peer"] == "fast peer"
@@ -83,6 +90,8 @@ def test_the_highest_value_is_the_fastest_where_higher_is_better(turns):
 def test_without_our_own_side_there_is_no_comparison(turns):
     with pytest.raises(SideFailedError):
         compare("x", BROKEN, [FAST], harness.seconds, unit="s", bar="-", given=GIVEN)
+    with pytest.raises(SideFailedError, match="no peer answered"):
+        _compared([BROKEN])
 
 
 def test_a_result_is_one_json_line_that_names_the_machine(turns, tmp_path):
