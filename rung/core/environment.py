@@ -2,6 +2,7 @@
 
 import hashlib
 import platform
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "torch": torch.__version__,
         "torch_build": hashlib.blake2b(torch.__config__.show().encode(), digest_size=8).hexdigest(),
+        "numba": version("numba"),
         "cpu": _cpu_model(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),

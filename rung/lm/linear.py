@@ -1,9 +1,9 @@
 """A matrix product that gets faster when its weight is used again and again.
 
 oneDNN copies a bf16 weight into blocks of its own before every product; at few rows that copy is most of the time
-(1 and 8 rows: half of it; 64 rows: a fifth).  So the blocks are kept, once a weight has been used PACK_AFTER times
+(8 rows: half of it; 64 rows: a fifth).  So the blocks are kept, once a weight has been used PACK_AFTER times
 unchanged: by then, what was lost is about what a copy costs.  The results are bit-equal (tested), so that it never
-shows when this happens.
+shows when this happens.  A single row needs no blocks: it has a kernel of its own (`fused.py`).
 """
 
 from functools import cache
@@ -13,8 +13,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from rung.core.shapes import Float, Tensor
+from rung.lm import fused
 
-PACK_AFTER = 12  # uses; a kept copy pays for itself in 8 to 12 products, at 1 row as at 64 (AVX512-BF16)
+PACK_AFTER = 12  # uses; a kept copy pays for itself in 8 to 12 products, at 8 rows as at 64 (AVX512-BF16)
 PACK_ROWS = 256  # beyond, the copy is a small part of the product
 
 
@@ -43,6 +44,8 @@ class KeptBlocks:
         if torch.is_grad_enabled():
             self.forget()  # fused optimisers do not count their changes, and learners need the memory
             return F.linear(x_ND, weight_ED, bias_E)
+        if len(x_ND) == 1 and fused.serves(x_ND):
+            return fused.linear_of_one(x_ND, weight_ED, bias_E)
         if len(x_ND) > PACK_ROWS or not self._kept(weight_ED):
             return F.linear(x_ND, weight_ED, bias_E)
         return torch.ops.mkldnn._linear_pointwise.default(x_ND, self.blocks, bias_E, "none", [], "")

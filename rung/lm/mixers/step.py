@@ -10,6 +10,7 @@ import torch
 
 from rung.core.records import Layout
 from rung.core.shapes import Float, Tensor
+from rung.lm import fused
 from rung.lm.config import AttentionSpec
 from rung.lm.rope import rotary_tables, rotate_
 from rung.lm.state import Placement
@@ -37,6 +38,8 @@ class StepPlan:
 
     def attend(self, qkv_RE: Float[Tensor, "R E"], rows: Tensor | None) -> Float[Tensor, "R O"]:
         assert rows is not None
+        if fused.serves(qkv_RE):
+            return fused.attend(qkv_RE, self.cos_R1d, self.sin_R1d, rows, self.new.row_N, self.spec.heads)
         heads, kv_heads, head_dim = self.spec.heads, self.spec.kv_heads, self.spec.head_dim
         active = len(self.new.slot_N)
         qkv_RHd = qkv_RE.view(-1, heads + 2 * kv_heads, head_dim)

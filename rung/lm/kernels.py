@@ -1,0 +1,161 @@
+"""The loops behind `fused.py`, compiled by Numba: LLVM makes vector code of them; no C compiler is needed.
+
+Sums are in fp32, rounded where PyTorch rounds.  One thread computes a number, in one order, however many there are.
+Arguments are addresses of contiguous bf16 tensors, and sizes; nothing is checked here.
+"""
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, config, njit, prange, types
+from numba.extending import intrinsic
+from numba.np.ufunc import omppool  # type: ignore[attr-defined]  # noqa: F401 - fails where there is no OpenMP
+
+config.THREADING_LAYER = "omp"  # type: ignore[attr-defined]
+FLOATS = {"reassoc", "contract", "nsz", "arcp"}  # sums in any order; what is not finite stays so
+
+
+def _compiled(function: Callable[..., Any], **options: Any) -> Any:
+    """Unwrapped first: the tests' shape checks wrap every function."""
+    return njit(error_model="numpy", fastmath=FLOATS, **options)(inspect.unwrap(function))
+
+
+def _kernel(function: Callable[..., Any]) -> Any:
+    return _compiled(function, parallel=True, cache=True)
+
+
+def _pointer(_context: Any, _address: Any) -> Any:
+    """An address as a pointer to the bits of bf16 numbers, a type that neither NumPy nor Numba has."""
+
+    def cast(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], ir.IntType(16).as_pointer())
+
+    return types.CPointer(types.uint16)(types.int64), cast
+
+
+_at: Any = intrinsic(inspect.unwrap(_pointer))
+
+
+@_compiled
+def _wide(bits):
+    """bf16 to fp32."""
+    return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
+
+
+@_compiled
+def _narrow(number):
+    """fp32 to the nearest bf16, ties to even."""
+    bits = np.float32(number).view(np.uint32)
+    if number != number:
+        return np.uint16(0x7FC0)
+    return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+
+
+@_compiled
+def _exp(x):
+    """e^x for x <= 0, to 2e-7 of its size: 2^n times a polynomial in the rest.  [Cephes expf]  Branch-free, so that
+    loops over it become vector code."""
+    x = np.float32(-87.0) if x < np.float32(-87.0) else x
+    n = np.float32(math.floor(x * np.float32(1.44269504) + np.float32(0.5)))
+    rest = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
+    p = np.float32(1.9875691500e-4) * rest + np.float32(1.3981999507e-3)
+    p = p * rest + np.float32(8.3334519073e-3)
+    p = p * rest + np.float32(4.1665795894e-2)
+    p = p * rest + np.float32(1.6666665459e-1)
+    p = p * rest + np.float32(5.0000001201e-1)
+    power = np.uint32(np.uint32(np.int32(n) + 127) << np.uint32(23)).view(np.float32)
+    return (p * rest * rest + rest + np.float32(1)) * power
+
+
+@_compiled
+def _dot(x_D, w_D):
+    total = np.float32(0)
+    for i in range(len(x_D)):
+        total += x_D[i] * _wide(w_D[i])
+    return total
+
+
+@_kernel
+def linear_of_one(x, weight, bias, out, width, outs, threads):
+    """out[e] = x . weight[e] + bias[e]; a bias of 0 is none."""
+    x_D, w_ED = carray(_at(x), (width,)), carray(_at(weight), (outs, width))
+    bias_E, out_E = carray(_at(bias), (outs,)), carray(_at(out), (outs,))
+    wide_D = np.empty(width, np.float32)
+    for i in range(width):
+        wide_D[i] = _wide(x_D[i])
+    for t in prange(threads):
+        for e in range(outs * t // threads, outs * (t + 1) // threads):
+            offset = _wide(bias_E[e]) if bias else np.float32(0)
+            out_E[e] = _narrow(_dot(wide_D, w_ED[e]) + offset)
+
+
+@_kernel
+def rms_norm(x, weight, out, rows, width, eps, threads):
+    """Rounded twice, as `norm._normalised`: after the scale and after the weight."""
+    x_ND, w_D, out_ND = carray(_at(x), (rows, width)), carray(_at(weight), (width,)), carray(_at(out), (rows, width))
+    for t in prange(threads):
+        for n in range(rows * t // threads, rows * (t + 1) // threads):
+            total = np.float32(0)
+            for i in range(width):
+                total += _wide(x_ND[n, i]) * _wide(x_ND[n, i])
+            scale = np.float32(1) / np.float32(math.sqrt(total / np.float32(width) + np.float32(eps)))
+            for i in range(width):
+                out_ND[n, i] = _narrow(_wide(_narrow(_wide(x_ND[n, i]) * scale)) * _wide(w_D[i]))
+
+
+@_compiled
+def _turned(x_d, cos_d, sin_d, i):
+    """Number i of a head, turned, as bf16: rounded after the product with the cosine, as `rope.rotate_` does."""
+    half = len(x_d) // 2
+    other = x_d[i + half] if i < half else x_d[i - half]
+    return _narrow(_wide(_narrow(_wide(x_d[i]) * _wide(cos_d[i]))) + _wide(other) * _wide(sin_d[i]))
+
+
+@_kernel
+def attend(qkv, cos, sin, rows, out, row_N, heads, kv_heads, head_dim, slots, capacity, threads):
+    """One pair of a slot and a key-value head after another, with the query heads that share it."""
+    active, group = len(row_N), heads // kv_heads
+    qkv_NHd = carray(_at(qkv), (active, heads + 2 * kv_heads, head_dim))
+    cos_Nd, sin_Nd = carray(_at(cos), (active, head_dim)), carray(_at(sin), (active, head_dim))
+    rows_2SKCd = carray(_at(rows), (2, slots, kv_heads, capacity, head_dim))
+    out_NHd = carray(_at(out), (active, heads, head_dim))
+    scale = np.float32(1 / math.sqrt(head_dim))
+    pairs = active * kv_heads
+    for t in prange(threads):
+        q_gd = np.empty((group, head_dim), np.float32)
+        sum_gd = np.empty((group, head_dim), np.float32)
+        p_gC = np.empty((group, capacity), np.float32)
+        for pair in range(pairs * t // threads, pairs * (t + 1) // threads):
+            n, head = pair // kv_heads, pair % kv_heads
+            k_Cd, v_Cd, count = rows_2SKCd[0, n, head], rows_2SKCd[1, n, head], row_N[n] + 1
+            for i in range(head_dim):
+                k_Cd[count - 1, i] = _turned(qkv_NHd[n, heads + head], cos_Nd[n], sin_Nd[n], i)
+                v_Cd[count - 1, i] = qkv_NHd[n, heads + kv_heads + head, i]
+                for g in range(group):
+                    q_gd[g, i] = _wide(_turned(qkv_NHd[n, head * group + g], cos_Nd[n], sin_Nd[n], i)) * scale
+            for c in range(count):
+                for g in range(group):
+                    p_gC[g, c] = _dot(q_gd[g], k_Cd[c])
+            for g in range(group):
+                highest = p_gC[g, 0]
+                for c in range(count):
+                    highest = max(highest, p_gC[g, c])
+                total = np.float32(0)
+                for c in range(count):
+                    p_gC[g, c] = _exp(p_gC[g, c] - highest)
+                    total += p_gC[g, c]
+                for c in range(count):
+                    p_gC[g, c] /= total
+                for i in range(head_dim):
+                    sum_gd[g, i] = 0
+            for c in range(count):
+                for g in range(group):
+                    for i in range(head_dim):
+                        sum_gd[g, i] += p_gC[g, c] * _wide(v_Cd[c, i])
+            for g in range(group):
+                for i in range(head_dim):
+                    out_NHd[n, head * group + g, i] = _narrow(sum_gd[g, i])

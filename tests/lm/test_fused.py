@@ -1,0 +1,156 @@
+"""The compiled kernels against their twins in PyTorch, and against the same sums in fp64."""
+
+import copy
+
+import pytest
+import torch
+
+from rung.core.records import Layout
+from rung.lm import fused
+from rung.lm.decoder import Decoder
+from rung.lm.norm import _normalised
+from rung.lm.presets import llama
+from rung.lm.rope import rotate
+
+pytestmark = pytest.mark.skipif(
+    fused._kernels("cpu", torch.bfloat16) is None, reason="Numba finds no OpenMP here: PyTorch's operations serve"
+)
+
+
+def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def nearly(got: torch.Tensor, exact: torch.Tensor) -> bool:
+    """Equal up to one rounding to bf16, and what fp32 loses in a sum."""
+    return torch.allclose(got.double(), exact.double(), rtol=2**-8, atol=1e-5)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 576), (3, 33), (64, 576), (200, 48)])
+def test_the_norm_equals_its_twin_but_for_the_order_of_a_sum(rows, width):
+    x_ND, weight_D = numbers(rows, width) * 3, numbers(width, seed=1)
+    with torch.no_grad():
+        got_ND, twin_ND = fused.rms_norm(x_ND, weight_D, 0.1), _normalised(x_ND, weight_D, 0.1)
+    assert torch.allclose(got_ND.float(), twin_ND.float(), rtol=2**-6, atol=0)  # one step of each rounding
+    assert (got_ND != twin_ND).float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("width", "out"), [(576, 960), (1536, 576), (33, 7), (5, 1)])
+def test_a_product_of_one_row(width, out, bias):
+    x_1D, weight_ED = numbers(1, width), numbers(out, width, seed=1)
+    bias_E = numbers(out, seed=2) if bias else None
+    exact = torch.nn.functional.linear(x_1D.double(), weight_ED.double(), bias_E.double() if bias else None)
+    assert nearly(fused.linear_of_one(x_1D, weight_ED, bias_E), exact)
+
+
+def step(heads: int, kv_heads: int, head_dim: int, counts: list[int], fillers: int = 0) -> tuple[torch.Tensor, ...]:
+    """qkv, cos, signed sin, a cache whose dead rows are NaN, and the row that each slot writes."""
+    active, inner = len(counts), (heads + 2 * kv_heads) * head_dim
+    rows_2SKCd = numbers(2, active + 1, kv_heads, 64, head_dim, seed=3)
+    for slot, count in enumerate(counts):
+        rows_2SKCd[:, slot, :, count:] = torch.nan
+    angle_R1d = numbers(active + fillers, 1, head_dim // 2, seed=4)
+    cos_R1d, sin_R1d = angle_R1d.cos(), angle_R1d.sin()
+    turn = torch.cat((cos_R1d, cos_R1d), -1), torch.cat((-sin_R1d, sin_R1d), -1)
+    return numbers(active + fillers, inner, seed=5), *turn, rows_2SKCd, torch.tensor(counts)
+
+
+def attention_by_hand(qkv_RE, cos_R1d, sin_R1d, rows_2SKCd, row_N, heads):
+    """In fp64, one slot and one head at a time, from rows that `attend` has written."""
+    head_dim = cos_R1d.shape[-1]
+    turned_RHd = rotate(qkv_RE.unflatten(1, (-1, head_dim))[:, :heads], cos_R1d, sin_R1d).double()
+    group, out = heads // rows_2SKCd.shape[2], torch.zeros(len(row_N), heads, head_dim).double()
+    for slot, last in enumerate(row_N.tolist()):
+        for head in range(heads):
+            k_Cd, v_Cd = rows_2SKCd[:, slot, head // group, : last + 1].double()
+            out[slot, head] = (k_Cd @ turned_RHd[slot, head] / head_dim**0.5).softmax(0) @ v_Cd
+    return out.flatten(1)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(9, 3, 64), (4, 4, 16), (6, 1, 10), (1, 1, 2)])
+def test_attention_of_a_step(heads, kv_heads, head_dim):
+    counts = [0, 5, 63, 17, 1]
+    qkv_RE, cos_R1d, sin_R1d, rows_2SKCd, row_N = step(heads, kv_heads, head_dim, counts, fillers=3)
+    before = rows_2SKCd.clone()
+    out_RO = fused.attend(qkv_RE, cos_R1d, sin_R1d, rows_2SKCd, row_N, heads)
+    assert nearly(out_RO[:5], attention_by_hand(qkv_RE, cos_R1d, sin_R1d, rows_2SKCd, row_N, heads))
+    assert not out_RO[5:].any()
+    qkv_RHd = qkv_RE.unflatten(1, (-1, head_dim))
+    k_RKd = rotate(qkv_RHd[:, heads : heads + kv_heads], cos_R1d, sin_R1d)
+    for slot, count in enumerate(counts):
+        assert torch.equal(rows_2SKCd[0, slot, :, count], k_RKd[slot])
+        assert torch.equal(rows_2SKCd[1, slot, :, count], qkv_RHd[slot, heads + kv_heads :])
+        rows_2SKCd[:, slot, :, count] = before[:, slot, :, count]
+    assert torch.equal(rows_2SKCd.nan_to_num(7), before.nan_to_num(7)), "a row that is not the step's own was written"
+
+
+def test_attention_to_very_unequal_scores():
+    qkv_RE, cos_R1d, sin_R1d, rows_2SKCd, row_N = step(2, 1, 16, [40])
+    rows_2SKCd[0, 0, :, :40] *= 60  # differences of some hundreds: most weights are zero
+    out_RO = fused.attend(qkv_RE, cos_R1d, sin_R1d, rows_2SKCd, row_N, 2)
+    assert nearly(out_RO, attention_by_hand(qkv_RE, cos_R1d, sin_R1d, rows_2SKCd, row_N, 2))
+
+
+def test_what_is_not_finite_is_not_hidden():
+    weight_D = torch.ones(32).bfloat16()
+    for bad in (torch.nan, torch.inf):
+        x_1D = numbers(1, 32)
+        x_1D[0, 5] = bad
+        assert not torch.isfinite(fused.linear_of_one(x_1D, numbers(3, 32, seed=1), None)).any()
+        assert fused.rms_norm(x_1D, weight_D, 1e-5).isnan().any()
+    for place in (0, 1):  # a key, a value
+        qkv_RE, cos_R1d, sin_R1d, rows_2SKCd, row_N = step(2, 1, 16, [5, 5])
+        rows_2SKCd[place, 0, 0, 2] = torch.nan
+        out_RO = fused.attend(qkv_RE, cos_R1d, sin_R1d, rows_2SKCd, row_N, 2)
+        assert out_RO[0].isnan().all()
+        assert torch.isfinite(out_RO[1]).all()
+
+
+@pytest.mark.skipif(torch.get_num_threads() > 1, reason="starts from one thread")
+def test_the_number_of_threads_changes_no_bit():
+    x_ND, weight_ED, arguments = numbers(100, 576), numbers(101, 576, seed=1), step(9, 3, 64, [3, 50, 9])
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            rows_2SKCd = arguments[3].clone()
+            attended = fused.attend(*arguments[:3], rows_2SKCd, arguments[4], 9)
+            product = fused.linear_of_one(x_ND[:1], weight_ED, None)
+            results.append((attended, rows_2SKCd.nan_to_num(7), product, fused.rms_norm(x_ND, x_ND[0], 1e-5)))
+        finally:
+            torch.set_num_threads(1)
+    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_steps_of_a_decoder_with_and_without_the_kernels(monkeypatch, slots):
+    config = llama(vocab_size=97, width=48, layers=3, heads=6, kv_heads=2, ffn_width=80)
+    decoder = Decoder(config, torch.bfloat16).init_(torch.Generator().manual_seed(0))
+    for parameter in decoder.parameters():
+        parameter.data.mul_(5 if parameter.dim() > 1 else 1)
+    exact = steps(copy.deepcopy(decoder).double(), slots)
+    ours = steps(decoder, slots)
+    monkeypatch.setattr(fused, "serves", lambda x: False)
+    twin = steps(decoder, slots)
+    assert not torch.equal(ours, twin), "the kernels never served"
+    assert (ours - exact).norm() < 1.2 * (twin - exact).norm() < 0.03 * exact.norm()
+
+
+def steps(decoder: Decoder, slots: int) -> torch.Tensor:
+    """Hidden states of eight steps, in fp64."""
+    state, hidden, slot_S = decoder.new_state(slots, 16), [], torch.arange(slots)
+    for position in range(8):
+        chains = Layout.chains([1] * slots, slots=slot_S.tolist())
+        layout = Layout(chains.parent_T, chains.slot_T, torch.full((slots,), position))
+        hidden.append(decoder(slot_S + 7 * position, layout, state).double())
+        state.commit(slot_S, torch.zeros(slots, 1).long(), torch.ones(slots).long())
+    return torch.stack(hidden)
+
+
+def test_kernels_serve_bf16_on_a_cpu_and_no_learner():
+    with torch.no_grad():
+        assert fused.serves(numbers(1, 4))
+        assert not fused.serves(numbers(1, 4).float())
+        assert not fused.serves(numbers(1, 4).to("meta"))
+    assert not fused.serves(numbers(1, 4))
