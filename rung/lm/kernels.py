@@ -60,14 +60,14 @@ def _exp(x):
     """e^x for x <= 0, to 2e-7 of its size: 2^n times a polynomial in the rest.  [Cephes expf]  Branch-free, so that
     loops over it become vector code."""
     x = np.float32(-87.0) if x < np.float32(-87.0) else x
-    n = np.float32(math.floor(x * np.float32(1.44269504) + np.float32(0.5)))
+    n = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
     rest = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
     p = np.float32(1.9875691500e-4) * rest + np.float32(1.3981999507e-3)
     p = p * rest + np.float32(8.3334519073e-3)
     p = p * rest + np.float32(4.1665795894e-2)
     p = p * rest + np.float32(1.6666665459e-1)
     p = p * rest + np.float32(5.0000001201e-1)
-    power = np.uint32(np.uint32(np.int32(n) + 127) << np.uint32(23)).view(np.float32)
+    power = np.uint32(np.uint32(np.int32(n) + np.int32(127)) << np.uint32(23)).view(np.float32)
     return (p * rest * rest + rest + np.float32(1)) * power
 
 
@@ -108,11 +108,46 @@ def rms_norm(x, weight, out, rows, width, eps, threads):
 
 
 @_compiled
-def _turned(x_d, cos_d, sin_d, i):
-    """Number i of a head, turned, as bf16: rounded after the product with the cosine, as `rope.rotate_` does."""
+def _turn(x_d, cos_d, sin_d, out_d):
+    """A head, turned, as bf16: rounded after the product with the cosine, as `rope.rotate_` does.  In two halves, each
+    of which becomes vector code."""
     half = len(x_d) // 2
-    other = x_d[i + half] if i < half else x_d[i - half]
-    return _narrow(_wide(_narrow(_wide(x_d[i]) * _wide(cos_d[i]))) + _wide(other) * _wide(sin_d[i]))
+    for i in range(half):
+        cosine = _wide(_narrow(_wide(x_d[i]) * _wide(cos_d[i])))
+        out_d[i] = _narrow(cosine + _wide(x_d[i + half]) * _wide(sin_d[i]))
+    for i in range(half, 2 * half):
+        cosine = _wide(_narrow(_wide(x_d[i]) * _wide(cos_d[i])))
+        out_d[i] = _narrow(cosine + _wide(x_d[i - half]) * _wide(sin_d[i]))
+
+
+@_compiled
+def _softmax(p_C):
+    highest = p_C[0]
+    for p in p_C:
+        highest = p if p > highest else highest
+    total = np.float32(0)
+    for c in range(len(p_C)):
+        power = _exp(p_C[c] - highest)
+        p_C[c] = power
+        total += power
+    for c in range(len(p_C)):
+        p_C[c] /= total
+
+
+@_compiled
+def _mixture(p_C, v_Cd, sum_d):
+    """sum of p[c] v[c], four rows a time: the sum is then read and written a quarter as often."""
+    whole = len(p_C) // 4 * 4
+    for i in range(len(sum_d)):
+        sum_d[i] = 0
+    for c in range(0, whole, 4):
+        p, q, r, s = p_C[c], p_C[c + 1], p_C[c + 2], p_C[c + 3]
+        for i in range(len(sum_d)):
+            pair = p * _wide(v_Cd[c, i]) + q * _wide(v_Cd[c + 1, i])
+            sum_d[i] += pair + r * _wide(v_Cd[c + 2, i]) + s * _wide(v_Cd[c + 3, i])
+    for c in range(whole, len(p_C)):
+        for i in range(len(sum_d)):
+            sum_d[i] += p_C[c] * _wide(v_Cd[c, i])
 
 
 @_kernel
@@ -126,36 +161,24 @@ def attend(qkv, cos, sin, rows, out, row_N, heads, kv_heads, head_dim, slots, ca
     scale = np.float32(1 / math.sqrt(head_dim))
     pairs = active * kv_heads
     for t in prange(threads):
-        q_gd = np.empty((group, head_dim), np.float32)
-        sum_gd = np.empty((group, head_dim), np.float32)
-        p_gC = np.empty((group, capacity), np.float32)
+        turned_d, sum_d = np.empty(head_dim, np.uint16), np.empty(head_dim, np.float32)
+        q_gd, p_gC = np.empty((group, head_dim), np.float32), np.empty((group, capacity), np.float32)
         for pair in range(pairs * t // threads, pairs * (t + 1) // threads):
             n, head = pair // kv_heads, pair % kv_heads
-            k_Cd, v_Cd, count = rows_2SKCd[0, n, head], rows_2SKCd[1, n, head], row_N[n] + 1
+            count = row_N[n] + 1
+            k_Cd, v_Cd = rows_2SKCd[0, n, head, :count], rows_2SKCd[1, n, head, :count]
+            _turn(qkv_NHd[n, heads + head], cos_Nd[n], sin_Nd[n], k_Cd[count - 1])
             for i in range(head_dim):
-                k_Cd[count - 1, i] = _turned(qkv_NHd[n, heads + head], cos_Nd[n], sin_Nd[n], i)
                 v_Cd[count - 1, i] = qkv_NHd[n, heads + kv_heads + head, i]
-                for g in range(group):
-                    q_gd[g, i] = _wide(_turned(qkv_NHd[n, head * group + g], cos_Nd[n], sin_Nd[n], i)) * scale
+            for g in range(group):
+                _turn(qkv_NHd[n, head * group + g], cos_Nd[n], sin_Nd[n], turned_d)
+                for i in range(head_dim):
+                    q_gd[g, i] = _wide(turned_d[i]) * scale
             for c in range(count):
                 for g in range(group):
                     p_gC[g, c] = _dot(q_gd[g], k_Cd[c])
             for g in range(group):
-                highest = p_gC[g, 0]
-                for c in range(count):
-                    highest = max(highest, p_gC[g, c])
-                total = np.float32(0)
-                for c in range(count):
-                    p_gC[g, c] = _exp(p_gC[g, c] - highest)
-                    total += p_gC[g, c]
-                for c in range(count):
-                    p_gC[g, c] /= total
+                _softmax(p_gC[g, :count])
+                _mixture(p_gC[g, :count], v_Cd, sum_d)
                 for i in range(head_dim):
-                    sum_gd[g, i] = 0
-            for c in range(count):
-                for g in range(group):
-                    for i in range(head_dim):
-                        sum_gd[g, i] += p_gC[g, c] * _wide(v_Cd[c, i])
-            for g in range(group):
-                for i in range(head_dim):
-                    out_NHd[n, head * group + g, i] = _narrow(sum_gd[g, i])
+                    out_NHd[n, head * group + g, i] = _narrow(sum_d[i])
