@@ -20,8 +20,9 @@ ROWS_A_THREAD = 32  # of a norm: with fewer, another thread costs more than it s
 
 
 def serves(x: Tensor) -> bool:
-    """May the functions below take tensors like this one?  Never while gradients are taken."""
-    return not torch.is_grad_enabled() and _kernels(x.device.type, x.dtype) is not None
+    """May the functions below take tensors like this one?  In inference mode only: what a learner computes, with or
+    without gradients, comes from one set of operations, so that its ratios are exactly 1 before its first update."""
+    return torch.is_inference_mode_enabled() and _kernels(x.device.type, x.dtype) is not None
 
 
 def linear_of_one(x_1D: Float[Tensor, "1 D"], weight_ED: Float[Tensor, "E D"], bias_E: Tensor | None) -> Tensor:

@@ -25,7 +25,10 @@ def _compiled(function: Callable[..., Any], **options: Any) -> Any:
 
 
 def _kernel(function: Callable[..., Any]) -> Any:
-    return _compiled(function, parallel=True, cache=True)
+    try:
+        return _compiled(function, parallel=True, cache=True)
+    except RuntimeError:  # no folder to keep the machine code in: it is compiled by every process
+        return _compiled(function, parallel=True)
 
 
 def _pointer(_context: Any, _address: Any) -> Any:

@@ -130,8 +130,16 @@ class KVState:
         self.pending_S = torch.zeros_like(self.pending_S)
 
     def _resize(self, wanted: int) -> None:
-        """Grow to `wanted` rows, or shrink where they are at most half of what exists; layer by layer."""
+        """Grow to `wanted` rows, or shrink where they are at most half of what exists; layer by layer.
+
+        An empty state takes exactly `wanted`, in the memory that it has: shapes, and so roundings, depend on nothing
+        that was there before (a resumed run begins with a fresh state)."""
         existing = self.rows[0].shape[3]
+        if existing != wanted and not bool(self.length_S.any()):
+            for rows in self.rows:
+                rows.resize_(*rows.shape[:3], wanted, rows.shape[4])
+            self.clean_S.zero_()
+            return
         if existing // 2 < wanted <= existing:
             return
         kept = min(wanted, existing)

@@ -69,6 +69,32 @@ def test_tokens_depend_neither_on_the_batch_nor_on_the_order_of_calls(temperatur
     assert_equal_up_to_near_ties(together, alone)
 
 
+def test_what_an_engine_served_before_changes_no_bit():
+    """A resumed run begins with a fresh engine; the one that was never stopped does not."""
+    decoder, asked = tiny_decoder(), requests(7)
+    used = Engine(decoder, slots=8)
+    list(used.stream([GroupRequest(prompt_ids=tuple(range(150)), keys=(1, 2), sampling=Sampling(max_tokens=30))]))
+    assert streams(used, asked) == streams(Engine(decoder, slots=8), asked)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_in_bf16_a_batch_parts_from_single_requests_only_at_near_ties(temperature):
+    """One row, a few and many are computed by different kernels, each within the rounding of bf16."""
+    decoder, asked = tiny_decoder().bfloat16(), requests(7, temperature=temperature)
+    together, parted, tokens = streams(Engine(decoder, slots=64), asked), 0, 0
+    for request in asked:
+        for key, single in streams(Engine(decoder, slots=1), [request]).items():
+            for (token, logp, gap), (token_, logp_, gap_) in zip(together[key], single, strict=False):
+                tokens += 1
+                if token != token_:
+                    assert min(gap, gap_) < 0.5
+                    parted += 1
+                    break
+                assert abs(logp - logp_) < 0.5
+    assert parted < 0.1 * tokens
+    assert tokens > 100
+
+
 def test_another_key_another_prompt_and_another_position_draw_other_tokens():
     """What the test above would miss: an engine that ignores them."""
     decoder, prompt = tiny_decoder(), (5, 6, 7)

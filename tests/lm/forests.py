@@ -80,11 +80,12 @@ def assert_the_law(
     layout: Layout,
     token_T: list[int],
     committed: dict[int, list[int]] | None = None,
+    tolerance: float = 1e-10,
 ) -> None:
     """Every token's hidden state is that of its own sequence alone."""
     for row, sequence in reversed(list(enumerate(sequences(layout, token_T, committed)))):
         if sequence:
-            torch.testing.assert_close(hidden_TD[row], alone(sequence), rtol=1e-10, atol=1e-10)
+            torch.testing.assert_close(hidden_TD[row].double(), alone(sequence), rtol=tolerance, atol=tolerance)
 
 
 def plainly(decoder: Decoder, token_T: list[int], layout: Layout) -> torch.Tensor:

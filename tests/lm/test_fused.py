@@ -1,6 +1,9 @@
 """The compiled kernels against their twins in PyTorch, and against the same sums in fp64."""
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,6 +140,7 @@ def test_steps_of_a_decoder_with_and_without_the_kernels(monkeypatch, slots):
     assert (ours - exact).norm() < 1.2 * (twin - exact).norm() < 0.03 * exact.norm()
 
 
+@torch.inference_mode()
 def steps(decoder: Decoder, slots: int) -> torch.Tensor:
     """Hidden states of eight steps, in fp64."""
     state, hidden, slot_S = decoder.new_state(slots, 16), [], torch.arange(slots)
@@ -149,8 +153,34 @@ def steps(decoder: Decoder, slots: int) -> torch.Tensor:
 
 
 def test_kernels_serve_bf16_on_a_cpu_and_no_learner():
-    with torch.no_grad():
+    with torch.inference_mode():
         assert fused.serves(numbers(1, 4))
         assert not fused.serves(numbers(1, 4).float())
         assert not fused.serves(numbers(1, 4).to("meta"))
     assert not fused.serves(numbers(1, 4))
+    with torch.no_grad():
+        assert not fused.serves(numbers(1, 4))
+
+
+def test_what_a_learner_scores_is_what_it_differentiates():
+    config = llama(vocab_size=97, width=48, layers=3, heads=6, kv_heads=2, ffn_width=80)
+    decoder = Decoder(config, torch.bfloat16).init_(torch.Generator().manual_seed(0))
+    tokens_T, layout = torch.arange(20), Layout.group(5, [7, 8])
+    with torch.no_grad():
+        scored_TD = decoder(tokens_T, layout)
+    assert torch.equal(decoder(tokens_T, layout), scored_TD)
+
+
+def test_without_a_folder_for_machine_code_the_kernels_are_compiled_all_the_same(tmp_path):
+    package = Path(fused.__file__).parent
+    (tmp_path / "kernels.py").write_bytes((package / "kernels.py").read_bytes())
+    script = (
+        "import numba.core.caching as c\n"
+        "c.CacheImpl._locator_classes = []\n"
+        "import kernels, numpy as np\n"
+        "x = np.full(8, 0x3F80, np.uint16); y = np.zeros(8, np.uint16)\n"
+        "kernels.rms_norm(x.ctypes.data, x.ctypes.data, y.ctypes.data, 1, 8, 0.0, 1)\n"
+        "assert (y == 0x3F80).all()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr

@@ -137,6 +137,21 @@ def test_half_precision_files_stay_half_precision_through_fp32_weights(tmp_path,
     assert (again / "model.safetensors").read_bytes() == (path / "model.safetensors").read_bytes()
 
 
+def test_weights_held_in_fewer_bits_than_their_file_lose_none_when_saved(tmp_path, folder):
+    model = load(folder, dtype="bf16")
+    again = model.save(tmp_path / "ours")
+    assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    with torch.no_grad():
+        model.decoder.norm.weight[3] = 0.5
+    changed = load_file(model.save(tmp_path / "changed") / "model.safetensors")
+    before = load_file(folder / "model.safetensors")
+    assert changed["model.norm.weight"][3] == 0.5
+    assert torch.equal(
+        changed["model.norm.weight"], before["model.norm.weight"].bfloat16().float().index_fill(0, torch.tensor(3), 0.5)
+    )
+    assert all(torch.equal(changed[name], before[name]) for name in before if name != "model.norm.weight")
+
+
 def test_saving_writes_the_weights_it_is_given_in_place_of_the_decoders_own(tmp_path, folder):
     model = load(folder, dtype="bf16")
     masters = {name: torch.full_like(p, 0.123, dtype=torch.float32) for name, p in model.decoder.named_parameters()}

@@ -44,13 +44,14 @@ class Folder:
     """Everything of a model folder but the values of its weights: enough to write it again.
 
     config: config.json as it was read; shards: names, dtypes and order of the tensors; index: the rest of
-    model.safetensors.index.json; files: the small files, by name.
+    model.safetensors.index.json; files: the small files, by name; path: where it was read.
     """
 
     config: Mapping[str, Any]
     shards: tuple[Shard, ...]
     index: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, bytes] = field(default_factory=dict)
+    path: Path | None = None
 
 
 def load_folder(
@@ -73,7 +74,7 @@ def load_folder(
     _fill(decoder, table, shards, path, listener)
     index = read_json(path / INDEX) if (path / INDEX).is_file() else {}
     kept = {key: value for key, value in index.items() if key != "weight_map"}
-    return decoder, Folder(config=raw, shards=shards, index=kept, files=read_files(path, COMPANIONS))
+    return decoder, Folder(config=raw, shards=shards, index=kept, files=read_files(path, COMPANIONS), path=path)
 
 
 def new_folder(config: DecoderConfig, dtype: torch.dtype) -> Folder:
@@ -88,7 +89,8 @@ def new_folder(config: DecoderConfig, dtype: torch.dtype) -> Folder:
 def save_folder(path: Path, folder: Folder, config: DecoderConfig, weights: Mapping[str, Tensor]) -> None:
     """Write a model folder: `weights` are our parameters by name, in any float dtype (fp32 masters, say).
 
-    Each tensor is written in the dtype it had when the folder was read.  The folder appears whole or not at all.
+    Each tensor is written in the dtype it had when the folder was read; one that has not changed since then is copied
+    from there, so that weights held in fewer bits lose none.  The folder appears whole or not at all.
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ModelError(
@@ -105,8 +107,15 @@ def save_folder(path: Path, folder: Folder, config: DecoderConfig, weights: Mapp
 
     def tensor(entry: Entry) -> Tensor:
         rule, ours = source[entry.name]
-        return split(rule, ours.detach())[entry.name].to(DTYPES[entry.dtype])
+        held = split(rule, ours.detach())[entry.name]
+        file = None if folder.path is None else folder.path / file_of[entry.name]
+        if held.dtype != DTYPES[entry.dtype] and file is not None and file.is_file():
+            ((_, read),) = tensors(file, [entry.name])
+            if read.shape == held.shape and torch.equal(read.to(held.dtype), held.cpu()):
+                return read
+        return held.to(DTYPES[entry.dtype])
 
+    file_of = {entry.name: shard.file for shard in folder.shards for entry in shard.entries}
     for shard in folder.shards:
         write_shard(aside / shard.file, shard, tensor)
     if folder.index:
