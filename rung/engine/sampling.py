@@ -21,6 +21,7 @@ import torch
 from rung.core.records import Sampling
 from rung.core.rng import gumbels, signed
 from rung.core.shapes import Float, Int, Tensor
+from rung.lm import fused
 
 BLOCK = 256
 BLOCK_STREAM = 1 << 40  # noise word of block 0: far above every token id
@@ -90,9 +91,13 @@ def draw(logits_NV: Float[Tensor, "N V"], position_N: Int[Tensor, "N"], laws: La
     num_blocks = -(-vocabulary // BLOCK)
     greedy_N1 = (laws.temperature_N == 0)[:, None]
     beta_N1 = torch.where(greedy_N1, 1.0, 1.0 / laws.temperature_N[:, None])
-    chunks = [slice(i, i + ROWS_AT_ONCE) for i in range(0, logits_NV.shape[0], ROWS_AT_ONCE)]
-    levels = [_levels(logits_NV[rows], beta_N1[rows], laws, rows) for rows in chunks]
-    top_NM, lse_NM, raw_N, floor_N = (torch.cat(parts) for parts in zip(*levels, strict=True))
+    if not laws.filtered and fused.serves(logits_NV) and logits_NV.is_contiguous():
+        top_NM, lse_NM, raw_NM = fused.block_sums(logits_NV, beta_N1, BLOCK)
+        raw_N, floor_N = raw_NM.logsumexp(1), torch.full_like(raw_NM[:, 0], -torch.inf)
+    else:
+        chunks = [slice(i, i + ROWS_AT_ONCE) for i in range(0, logits_NV.shape[0], ROWS_AT_ONCE)]
+        levels = [_levels(logits_NV[rows], beta_N1[rows], laws, rows) for rows in chunks]
+        top_NM, lse_NM, raw_N, floor_N = (torch.cat(parts) for parts in zip(*levels, strict=True))
 
     blocks_M = torch.arange(num_blocks, device=device) + BLOCK_STREAM
     noise_NM = gumbels(laws.key_N, position_N, blocks_M)

@@ -62,6 +62,18 @@ def attend(
     return out_RO
 
 
+def block_sums(
+    logits_NV: Float[Tensor, "N V"], beta_N1: Float[Tensor, "N 1"], block: int
+) -> tuple[Float[Tensor, "N M"], Float[Tensor, "N M"], Float[Tensor, "N M"]]:
+    """Of every block of the vocabulary: the largest beta z, the log of the sum of exp(beta z), and that of exp(z)."""
+    rows, vocabulary = logits_NV.shape
+    top_NM, lse_NM, raw_NM = (torch.empty(rows, -(-vocabulary // block)) for _ in range(3))
+    numbers = (tensor.numpy() for tensor in (top_NM, lse_NM, raw_NM))
+    beta_N = beta_N1[:, 0].float().contiguous().numpy()
+    _loaded(logits_NV).block_sums(_address(logits_NV), beta_N, rows, vocabulary, block, *numbers, _threads())
+    return top_NM, lse_NM, raw_NM
+
+
 @cache
 def _kernels(device: str, dtype: torch.dtype) -> ModuleType | None:
     if device != "cpu" or dtype != torch.bfloat16:

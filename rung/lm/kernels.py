@@ -185,3 +185,28 @@ def attend(qkv, cos, sin, rows, out, row_N, heads, kv_heads, head_dim, slots, ca
                 _mixture(p_gC[g, :count], v_Cd, sum_d)
                 for i in range(head_dim):
                     out_NHd[n, head * group + g, i] = _narrow(sum_d[i])
+
+
+@_kernel
+def block_sums(logits, beta_N, rows, vocabulary, block, top_NM, lse_NM, raw_NM, threads):
+    """Of every block: the largest z = beta logit, log of the sum of exp(z), and the same sum at beta = 1."""
+    logit_NV, blocks = carray(_at(logits), (rows, vocabulary)), top_NM.shape[1]
+    for t in prange(threads):
+        for pair in range(rows * blocks * t // threads, rows * blocks * (t + 1) // threads):
+            n, m = pair // blocks, pair % blocks
+            bits_W, beta = logit_NV[n, m * block : min((m + 1) * block, vocabulary)], beta_N[n]
+            top = _wide(bits_W[0])
+            for i in range(len(bits_W)):
+                top = _wide(bits_W[i]) if _wide(bits_W[i]) > top else top
+            tempered, raw = np.float32(0), np.float32(0)
+            for i in range(len(bits_W)):
+                raw += _exp(_wide(bits_W[i]) - top)
+            if beta == 1:
+                tempered = raw
+            else:
+                for i in range(len(bits_W)):
+                    tempered += _exp(_wide(bits_W[i]) * beta - top * beta)
+            empty = top == -np.inf
+            top_NM[n, m] = top * beta
+            lse_NM[n, m] = top if empty else top * beta + np.float32(math.log(tempered))
+            raw_NM[n, m] = top if empty else top + np.float32(math.log(raw))

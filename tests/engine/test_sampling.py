@@ -9,6 +9,7 @@ from rung.core.records import Sampling
 from rung.core.rng import mix64, splitmix64
 from rung.engine import sampling
 from rung.engine.sampling import BLOCK, BLOCK_STREAM, Laws, draw
+from rung.lm import fused
 
 FALSE_ALARM = 1e-6  # of every chi-square test below; the seeds are fixed, so it rings always or never
 
@@ -273,3 +274,17 @@ def test_the_law_named_v1_draws_these_tokens():
     logits_NV = torch.tensor(logits_V).expand(4, -1)
     got = draw(logits_NV, torch.full((4,), 12), Laws.of([asked()] * 4, keys)).token_N.tolist()
     assert got == by_hand == [423, 441, 322, 246]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 1.2])
+def test_bf16_logits_draw_alike_through_the_kernel_and_through_torch(monkeypatch, temperature):
+    logits_NV, position_N = some_logits(40, 1000).bfloat16(), torch.arange(40)
+    laws = Laws.of([asked(temperature=temperature)] * 40, range(40))
+    with torch.inference_mode():
+        kernel = draw(logits_NV, position_N, laws)
+        monkeypatch.setattr(fused, "serves", lambda x: False)
+        twin = draw(logits_NV, position_N, laws)
+    assert torch.equal(kernel.token_N, twin.token_N)
+    torch.testing.assert_close(kernel.logp_sampled_N, twin.logp_sampled_N, rtol=0, atol=1e-5)
+    torch.testing.assert_close(kernel.logp_raw_N, twin.logp_raw_N, rtol=0, atol=1e-5)
+    torch.testing.assert_close(kernel.gap_N, twin.gap_N, rtol=0, atol=1e-5)

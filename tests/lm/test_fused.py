@@ -110,6 +110,28 @@ def test_what_is_not_finite_is_not_hidden():
         assert torch.isfinite(out_RO[1]).all()
 
 
+@pytest.mark.parametrize(("rows", "vocabulary", "block"), [(3, 1000, 256), (2, 256, 256), (1, 7, 3)])
+def test_log_sums_over_blocks_of_the_vocabulary(rows, vocabulary, block):
+    logits_NV = numbers(rows, vocabulary) * 4
+    logits_NV[0, :block] = -torch.inf
+    logits_NV[-1, -1] = 90.0  # the rest of its block is nothing beside it
+    beta_N1 = torch.tensor([[1.0], [1 / 1.2], [3.0]])[-rows:]
+    top_NM, lse_NM, raw_NM = fused.block_sums(logits_NV, beta_N1, block)
+    blocks = logits_NV.double().split(block, 1)
+    beta_N = beta_N1[:, 0].double()
+    assert nearly(top_NM, torch.stack([z.amax(1) * beta_N for z in blocks], 1))
+    for got, exact in (
+        (lse_NM, torch.stack([(z * beta_N1).logsumexp(1) for z in blocks], 1)),
+        (raw_NM, torch.stack([z.logsumexp(1) for z in blocks], 1)),
+    ):
+        torch.testing.assert_close(got.double(), exact, rtol=2e-6, atol=2e-6)
+    for bad in (torch.nan, torch.inf):
+        logits_NV[-1, 5] = bad
+        _, lse_NM, raw_NM = fused.block_sums(logits_NV, beta_N1, block)
+        assert not torch.isfinite(lse_NM[-1, 5 // block])
+        assert not torch.isfinite(raw_NM[-1, 5 // block])
+
+
 @pytest.mark.skipif(torch.get_num_threads() > 1, reason="starts from one thread")
 def test_the_number_of_threads_changes_no_bit():
     x_ND, weight_ED, arguments = numbers(100, 576), numbers(101, 576, seed=1), step(9, 3, 64, [3, 50, 9])
