@@ -148,7 +148,8 @@ def sampling(spec: Mapping[str, Any]) -> Turn:
     """Drawing one token for each of `rows` rows of bf16 logits."""
     generator = torch.Generator().manual_seed(0)
     logits_NV = (4 * torch.randn(spec["rows"], spec["vocabulary"], generator=generator)).to(torch.bfloat16)
-    laws = Laws.of([Sampling(max_tokens=1)] * spec["rows"], list(range(spec["rows"])))
+    law = Sampling(max_tokens=1, temperature=spec["temperature"])
+    laws = Laws.of([law] * spec["rows"], list(range(spec["rows"])))
     position_N = torch.arange(spec["rows"])
 
     def turn(number: int) -> Mapping[str, float]:

@@ -1,4 +1,4 @@
-"""Milliseconds to draw one token for each of 64 rows of 49 152 words."""
+"""Milliseconds to draw one token for each of 64 rows of 49 152 words, at temperature 1 and at the default recipe's."""
 
 from bench.harness import Side, announce, measure, options, seconds
 
@@ -8,9 +8,11 @@ def main() -> None:
     given = options(__doc__)
     announce(given)
     rows, vocabulary = (4, 1000) if given.quick else (64, 49152)
-    side = Side(name="rung", job="bench.ours:sampling", spec={"rows": rows, "vocabulary": vocabulary})
-    what = f"sampling: {rows} rows of {vocabulary} words"
-    measure(what, side, lambda turn: 1e3 * seconds(turn), unit="ms", bar="<= 5 ms", given=given)
+    for temperature in (1.0, 1.2):
+        spec = {"rows": rows, "vocabulary": vocabulary, "temperature": temperature}
+        side = Side(name="rung", job="bench.ours:sampling", spec=spec)
+        what = f"sampling: {rows} rows of {vocabulary} words, temperature {temperature}"
+        measure(what, side, lambda turn: 1e3 * seconds(turn), unit="ms", bar="<= 5 ms", given=given)
 
 
 if __name__ == "__main__":

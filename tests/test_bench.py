@@ -101,7 +101,7 @@ def test_a_result_is_one_json_line_that_names_the_machine(turns, tmp_path):
 
 
 def test_a_worker_answers_turns_and_reports_why_it_failed():
-    side = Side(name="sampler", job="bench.ours:sampling", spec={"rows": 2, "vocabulary": 300})
+    side = Side(name="sampler", job="bench.ours:sampling", spec={"rows": 2, "vocabulary": 300, "temperature": 1.0})
     with Worker(side, 1) as worker:
         answer = worker.turn(0)
     assert answer["tokens"] == 2
@@ -144,7 +144,7 @@ def test_the_reward_of_the_step_benches_gives_every_group_a_signal():
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name", ["sampling", "rollout", "learner", "step", "memory"])
+@pytest.mark.parametrize("name", ["sampling", "parted", "rollout", "learner", "step", "memory"])
 def test_every_bench_runs_from_end_to_end(name):
     command = [sys.executable, "-m", f"bench.{name}", "--quick", "--threads", "1"]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -16,6 +16,7 @@ from rung.core.rundir import RunDir
 from rung.core.shapes import Tensor
 from rung.engine.engine import Engine
 from rung.engine.types import WeightsRef
+from rung.lm.linear import PACK_AFTER
 from rung.model.model import Model, compute_dtype, load
 from rung.tasks.base import Task, draw
 from rung.tasks.load import load_task
@@ -182,15 +183,17 @@ def self_test(session: Session, listener: Listener) -> None:
     problem = draw(session.task, 1, seed=session.recipe.seed, step=0)[0]
     request = GroupRequest(
         prompt_ids=session.model.prompt_ids(problem.messages),
-        keys=(derive_key(session.recipe.seed, "self_test"),),
+        keys=tuple(derive_key(session.recipe.seed, "self_test", number) for number in range(8)),
         sampling=Sampling(max_tokens=SELF_TEST_TOKENS, temperature=session.recipe.temperature),
     )
 
-    def logps() -> tuple[tuple[int, ...], tuple[float, ...]]:
-        completion = session.engine.run([request])[0][0][0]
-        return completion.token_ids, completion.logp_sampled
+    def logps() -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
+        (completions,), _ = session.engine.run([request])
+        return [(completion.token_ids, completion.logp_raw) for completion in completions]
 
     weight = next(p for name, p in session.learner.compute.items() if name.endswith("qkv.weight"))
+    for _ in range(-(-PACK_AFTER // SELF_TEST_TOKENS)):  # until what the sampler keeps of the weights is in use
+        logps()
     kept, before = weight.detach().clone(), logps()
     weight.mul_(1.05)
     changed = logps()

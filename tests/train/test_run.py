@@ -17,6 +17,7 @@ from rung.core.rundir import open_run
 from rung.core.words import Grade, Problem
 from rung.engine.engine import Engine
 from rung.engine.types import WeightsRef
+from rung.lm import linear
 from rung.train import run as runs
 from rung.train import session as sessions
 from rung.train.config import METHODS, Method, Optim, TaskSpec
@@ -307,6 +308,16 @@ def test_the_self_test_notices_a_sampler_with_weights_of_its_own(folder, tmp_pat
     monkeypatch.setattr(sessions, "Engine", Stale)
     with pytest.raises(RungError, match="self-test failed"):
         rung.train(tiny_recipe(folder), folder=tmp_path / "run")
+
+
+def test_the_self_test_notices_blocks_of_a_weight_that_outlive_it(folder, tmp_path, monkeypatch):
+    kept = linear.KeptBlocks._kept
+    blind = lambda self, weight: self.blocks is not None or kept(self, weight)  # noqa: E731
+    monkeypatch.setattr(linear.KeptBlocks, "_kept", blind)
+    if not linear._worthwhile("cpu", torch.bfloat16):
+        pytest.skip("this processor multiplies no bf16: nothing is kept")
+    with pytest.raises(RungError, match="self-test failed"):
+        rung.train(replace(tiny_recipe(folder), dtype="bf16"), folder=tmp_path / "run")
 
 
 def test_samples_of_other_weights_are_refused():
