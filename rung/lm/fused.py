@@ -16,7 +16,7 @@ import torch
 
 from rung.core.shapes import Float, Int, Tensor
 
-ROWS_A_THREAD = 32  # of a norm: with fewer, another thread costs more than it saves
+ROWS_A_THREAD = 32  # of a norm or a gate: with fewer, another thread costs more than it saves
 
 
 def serves(x: Tensor) -> bool:
@@ -44,6 +44,14 @@ def rms_norm(x_ND: Float[Tensor, "N D"], weight_D: Float[Tensor, "D"], eps: floa
     return out_ND
 
 
+def silu_gate(gate_up_NE: Float[Tensor, "N E"]) -> Float[Tensor, "N F"]:
+    """silu(gate) * up of the two halves of each row."""
+    out_NF = gate_up_NE.new_empty(len(gate_up_NE), gate_up_NE.shape[1] // 2)
+    parts = min(_threads(), 1 + len(gate_up_NE) // ROWS_A_THREAD)
+    _loaded(gate_up_NE).silu_gate(_address(gate_up_NE), _address(out_NF), *out_NF.shape, parts)
+    return out_NF
+
+
 def attend(
     qkv_RE: Float[Tensor, "R E"],
     cos_R1d: Float[Tensor, "R 1 d"],
@@ -56,7 +64,8 @@ def attend(
 
     Rows N .. R-1 of the result, of fillers, are zeros."""
     _, slots, kv_heads, capacity, head_dim = rows_2SKCd.shape
-    out_RO = qkv_RE.new_zeros(len(qkv_RE), heads * head_dim)
+    out_RO = qkv_RE.new_empty(len(qkv_RE), heads * head_dim)
+    out_RO[len(row_N) :] = 0
     addresses = [_address(tensor) for tensor in (qkv_RE, cos_R1d, sin_R1d, rows_2SKCd, out_RO)]
     _loaded(qkv_RE).attend(*addresses, row_N.numpy(), heads, kv_heads, head_dim, slots, capacity, _threads())
     return out_RO

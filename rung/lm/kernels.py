@@ -110,6 +110,19 @@ def rms_norm(x, weight, out, rows, width, eps, threads):
                 out_ND[n, i] = _narrow(_wide(_narrow(_wide(x_ND[n, i]) * scale)) * _wide(w_D[i]))
 
 
+@_kernel
+def silu_gate(gate_up, out, rows, width, threads):
+    """Rounded twice, as `mlp.silu_gate`: after silu and after the product."""
+    x_NE, out_NF = carray(_at(gate_up), (rows, 2 * width)), carray(_at(out), (rows, width))
+    for t in prange(threads):
+        for n in range(rows * t // threads, rows * (t + 1) // threads):
+            for i in range(width):
+                gate = _wide(x_NE[n, i])
+                low = _exp(-abs(gate))  # sigmoid(gate) = 1 / (1 + low), or low / (1 + low) below zero
+                silu = gate * (np.float32(1) if gate >= 0 else low) / (np.float32(1) + low)
+                out_NF[n, i] = _narrow(_wide(_narrow(silu)) * _wide(x_NE[n, width + i]))
+
+
 @_compiled
 def _turn(x_d, cos_d, sin_d, out_d):
     """A head, turned, as bf16: rounded after the product with the cosine, as `rope.rotate_` does.  In two halves, each

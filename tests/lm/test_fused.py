@@ -10,6 +10,7 @@ import torch
 
 from rung.core.records import Layout
 from rung.lm import fused
+from rung.lm.channels import mlp
 from rung.lm.decoder import Decoder
 from rung.lm.norm import _normalised
 from rung.lm.presets import llama
@@ -45,6 +46,19 @@ def test_a_product_of_one_row(width, out, bias):
     bias_E = numbers(out, seed=2) if bias else None
     exact = torch.nn.functional.linear(x_1D.double(), weight_ED.double(), bias_E.double() if bias else None)
     assert nearly(fused.linear_of_one(x_1D, weight_ED, bias_E), exact)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 1536), (3, 7), (200, 40)])
+def test_the_gate_equals_its_twin_but_for_the_last_bit_of_exp(rows, width):
+    gate_up_NE = numbers(rows, 2 * width) * 10
+    gate_up_NE[0, :3] = torch.tensor([0.0, 300.0, -60.0])
+    got_NF = fused.silu_gate(gate_up_NE)
+    gate_NF, up_NF = gate_up_NE.double().chunk(2, -1)
+    assert torch.allclose(got_NF.double(), torch.nn.functional.silu(gate_NF) * up_NF, rtol=2**-7, atol=1e-30)
+    with torch.no_grad():
+        assert (got_NF != mlp.silu_gate(gate_up_NE)).float().mean() < 1e-3
+    gate_up_NE[0, 0] = torch.nan
+    assert fused.silu_gate(gate_up_NE)[0, 0].isnan()
 
 
 def step(heads: int, kv_heads: int, head_dim: int, counts: list[int], fillers: int = 0) -> tuple[torch.Tensor, ...]:

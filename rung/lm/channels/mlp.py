@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from rung.core.shapes import Float, Tensor
+from rung.lm import fused
 from rung.lm.config import MLPSpec
 from rung.lm.linear import Linear
 
@@ -29,6 +30,8 @@ def silu_gate(gate_up_TE: Float[Tensor, "T E"]) -> Float[Tensor, "T F"]:
     """silu(gate) * up of the two halves of the last dimension."""
     if torch.is_grad_enabled():
         return _SiluGate.apply(gate_up_TE)
+    if fused.serves(gate_up_TE):
+        return fused.silu_gate(gate_up_TE)
     gate_TF, up_TF = gate_up_TE.chunk(2, -1)
     return F.silu(gate_TF).mul_(up_TF)
 
