@@ -28,11 +28,13 @@ STAGE_WORDS = {
 }
 METRIC_WORDS = {
     "reward": "reward",
-    "accuracy": "held-out accuracy",
+    "accuracy_held_out": "held-out accuracy",
+    "accuracy_validation": "validation accuracy",
+    "accuracy_train": "accuracy on training problems",
     "tokens_per_second": "tokens/s",
     "length": "length",
 }
-SHARES = ("accuracy",)  # shown in per cent
+ACCURACIES = tuple(name for name in METRIC_WORDS if name.startswith("accuracy_"))  # shown in per cent
 
 
 class Display:
@@ -81,6 +83,8 @@ class Display:
 
     def __call__(self, news: Progress) -> None:
         """Show it.  After a first Ctrl-C the job stops here, unless a step's end, where it can be saved, is near."""
+        if any(name in news.metrics for name in ACCURACIES):  # one set of problems at a time: the other's is older
+            self.metrics = {name: value for name, value in self.metrics.items() if name not in ACCURACIES}
         self.metrics |= news.metrics
         if news.text:
             self.say(visible(news.text))
@@ -170,6 +174,6 @@ def _count(news: Progress) -> str:
 
 
 def _number(name: str, value: float) -> str:
-    if name in SHARES:
+    if name in ACCURACIES:
         return f"{value:.1%}"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

@@ -51,7 +51,15 @@ def evaluate(
     asked = problems_of(load_task(task.name, task.options), split, problems, seed)
     with Grader(task.name, task.options) as grader:
         return evaluate_with(
-            model, Engine(model.decoder), asked, sampling, grader.grade, seed=seed, listener=listener, stage="evaluate"
+            model,
+            Engine(model.decoder),
+            asked,
+            sampling,
+            grader.grade,
+            seed=seed,
+            stage="evaluate",
+            split=split,
+            listener=listener,
         )
 
 
@@ -64,9 +72,10 @@ def evaluate_with(
     *,
     seed: int,
     stage: str,
+    split: Split,
     listener: Listener = silent,
 ) -> Evaluation:
-    """`evaluate` with an engine, problems and a grader that exist already."""
+    """`evaluate` with an engine, problems and a grader that exist already; news carries `accuracy_SPLIT`."""
     answers: list[Answer] = []
     grades: list[Grade] = []
     for start in range(0, len(problems), CHUNK):
@@ -87,9 +96,8 @@ def evaluate_with(
         answers += new
         grades += grade(new)
         right = sum(g.right for g in grades)
-        listener(
-            Progress(stage=stage, done=len(answers), total=len(problems), metrics={"accuracy": right / len(answers)})
-        )
+        news = {f"accuracy_{split}": right / len(answers)}
+        listener(Progress(stage=stage, done=len(answers), total=len(problems), metrics=news))
     return summary(answers, grades)
 
 

@@ -185,7 +185,15 @@ def _evaluate(
     sampling = Sampling(max_tokens=session.sampling.max_tokens, temperature=0.0, stop_ids=session.sampling.stop_ids)
     asked = problems(session.task, split, number, seed=0)
     result = evaluate_with(
-        session.model, session.engine, asked, sampling, session.grader.grade, seed=0, stage=stage, listener=listener
+        session.model,
+        session.engine,
+        asked,
+        sampling,
+        session.grader.grade,
+        seed=0,
+        stage=stage,
+        split=split,
+        listener=listener,
     )
     records = [
         {

@@ -27,7 +27,7 @@ def train(done, **metrics):
 
 
 def test_a_line_says_stage_count_numbers_and_time_left():
-    numbers = {"reward": 0.53125, "accuracy": 0.614, "tokens_per_second": 1234.5, "gap_max": 3.0}
+    numbers = {"reward": 0.53125, "accuracy_held_out": 0.614, "tokens_per_second": 1234.5, "gap_max": 3.0}
     assert (
         plain_line(train(12), numbers)
         == "training 12/100  reward 0.531  held-out accuracy 61.4%  tokens/s 1,234  3 min 10 s left"
@@ -59,7 +59,7 @@ def test_away_from_a_terminal_there_are_plain_lines_at_a_reader_s_pace():
 def test_a_training_line_repeats_the_newest_accuracy_and_another_stage_does_not():
     stream, clock = io.StringIO(), Clock()
     with Display(stream, clock=clock) as display:
-        display(Progress(stage="baseline", done=9, total=9, metrics={"accuracy": 0.125}))
+        display(Progress(stage="baseline", done=9, total=9, metrics={"accuracy_held_out": 0.125}))
         display(train(1, reward=0.5))
         display(Progress(stage="checkpoint", done=1, total=100))
     lines = stream.getvalue().splitlines()
@@ -67,12 +67,25 @@ def test_a_training_line_repeats_the_newest_accuracy_and_another_stage_does_not(
     assert lines[2] == "writing a checkpoint 1/100"
 
 
+def test_an_accuracy_is_named_after_its_problems_and_an_older_one_of_others_goes():
+    stream = io.StringIO()
+    with Display(stream) as display:
+        display(Progress(stage="baseline", done=9, total=9, metrics={"accuracy_held_out": 0.002}))
+        display(Progress(stage="evaluate", done=9, total=9, metrics={"accuracy_validation": 0.828}))
+        display(train(51, reward=0.5))
+    lines = stream.getvalue().splitlines()
+    assert lines[0].endswith("held-out accuracy 0.2%")
+    assert lines[1] == "measuring 9/9  validation accuracy 82.8%"
+    assert "reward 0.5  validation accuracy 82.8%" in lines[2]
+    assert "held-out" not in lines[2]
+
+
 def test_a_terminal_gets_a_panel_that_moves_and_leaves_only_what_was_said():
     stream = Terminal()
     with Display(stream) as display:
         display(train(3, reward=0.25))
         display(Progress(stage="notice", text="careful"))
-        display(train(4, accuracy=0.5))
+        display(train(4, accuracy_held_out=0.5))
         display._panel.refresh()
     shown = stream.getvalue()
     assert "\x1b[" in shown

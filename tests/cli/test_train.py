@@ -177,7 +177,7 @@ class FakeTrain:
                 raise self.error
             run.append("metrics", [{"kind": "train", "step": s, "reward": 0.5} for s in range(1, recipe.num_steps + 1)])
             run.append("metrics", [eval_row(recipe.num_steps, 40, 50)])
-        listener(Progress(stage="evaluate", done=50, total=50, metrics={"accuracy": 0.8}))
+        listener(Progress(stage="evaluate", done=50, total=50, metrics={"accuracy_held_out": 0.8}))
 
 
 def test_train_is_one_call_and_tells_result_and_report_on_stdout(here, capsys, monkeypatch):
