@@ -18,6 +18,7 @@ from rung.core.words import Grade, Problem
 from rung.engine.engine import Engine
 from rung.engine.types import WeightsRef
 from rung.lm import linear
+from rung.report import page
 from rung.train import run as runs
 from rung.train import session as sessions
 from rung.train.config import METHODS, Method, Optim, TaskSpec
@@ -85,11 +86,33 @@ def test_a_run_leaves_its_records(whole, folder):
     for s in samples[:5]:
         assert s["key"] == derive_key(0, s["step"], s["problem"], s["draw"] + s["sample"])
     assert len(run.read("grades")) == len(samples)
-    assert all(m["gap_max"] < 1e-4 for m in metrics if "gap_max" in m)
+    gaps = [m["gap_max"] for m in metrics if "gap_max" in m]  # where no group had a signal, nothing was computed
+    assert gaps
+    assert max(gaps) < 1e-4
     assert sorted(p.name for p in run.checkpoints.iterdir())[-1] == "step-00000006"
     assert whole.summary["steps"] == 6
     model = rung.load(whole.folder / "model")
     assert not torch.equal(model.decoder.norm.weight, rung.load(folder).decoder.norm.weight)
+
+
+def test_the_report_finds_in_a_real_run_everything_that_it_reads(folder, tmp_path):
+    heard = []
+    recipe = tiny_recipe(folder, method=METHODS["grpo"], num_steps=2, eval_every=1)
+    run = rung.train(recipe, folder=tmp_path / "run", listener=heard.append)
+    rows = [r for r in open_run(run.folder).read("metrics") if r["kind"] == "train"]
+    wanted = {name for _, _, metrics, _ in page.CHARTS for name in metrics}
+    wanted |= {f"seconds_{phase}" for phase in page.PHASES} | {"seconds", "tokens", "unknown"}
+    assert [(r["step"], wanted - set(r)) for r in rows] == [(1, set()), (2, set())]
+    html = page.write(run.folder).read_text()
+    assert "Not recorded in this run" not in html
+    assert "The same held-out problems, before and after" in html
+    assert "One group of samples" in html
+    news = {(n.stage, name) for n in heard for name in n.metrics if n.stage in ("baseline", "evaluate")}
+    assert news == {
+        ("baseline", "accuracy_held_out"),
+        ("evaluate", "accuracy_held_out"),
+        ("evaluate", "accuracy_validation"),
+    }
 
 
 @pytest.mark.parametrize("step", [1, 2, 5])
@@ -210,7 +233,7 @@ def test_with_two_updates_a_rollout_the_second_is_clipped_against_the_learners_o
     run = rung.train(recipe, folder=tmp_path / "run")
     metrics = [r for r in open_run(run.folder).read("metrics") if r["kind"] == "train"]
     assert max(m["clip_share"] for m in metrics) > 0
-    assert all(m["gap_max"] < 1e-4 for m in metrics if "gap_max" in m), "the gap is measured before the first update"
+    assert all(m["gap_max"] < 1e-4 for m in metrics), "the gap is measured before the first update"
 
 
 def test_dynamic_sampling_replaces_groups_without_contrast_with_keys_of_their_own(folder, tmp_path):
