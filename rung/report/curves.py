@@ -173,7 +173,8 @@ def _said(curves: Sequence[Curve], share: bool) -> str:
 
 
 def _label(value: Real, share: bool) -> str:
-    return f"{number(round(100 * value, 1))} %" if share else number(value)
+    """`value` as it is read on the page; shares below one in a hundred keep two decimals, as their axes need."""
+    return f"{number(round(100 * value, 1 if value > 0.01 else 2))} %" if share else number(value)
 
 
 def _path(places: Points) -> str:

@@ -21,6 +21,7 @@ PAIRS_OF_A_KIND = {"became right": 6, "still wrong": 4, "became wrong": 4, "stil
 EVAL_FLAGS = {"max_tokens": "--max-tokens", "eval_problems": "--problems", "dtype": "--dtype"}
 MAX_GROUP = 8  # samples of the group that is shown
 PHASES = {"prefill": "prompts (prefill)", "decode": "sampling (decode)", "grade": "grading", "learn": "learning"}
+COMPUTED = "over the tokens that the learner computed; it skips groups that can teach it nothing."
 
 # title, caption, {metric: (name, how it is drawn)}, how the axis is drawn
 CHARTS: Sequence[tuple[str, str, Mapping[str, tuple[str, dict[str, Any]]], dict[str, Any]]] = (
@@ -40,19 +41,20 @@ CHARTS: Sequence[tuple[str, str, Mapping[str, tuple[str, dict[str, Any]]], dict[
     ),
     (
         "Entropy",
-        "Mean entropy of the next-token distribution over the sampled tokens, in nats.",
+        f"Mean entropy of the next-token distribution, in nats, {COMPUTED}",
         {"entropy": ("entropy", {"smooth": True})},
         {},
     ),
     (
         "KL to the reference",
-        "Distance from the starting model, nats per token, by the k3 estimator.",
+        f"Distance from the starting model by the k3 estimator, in nats: mean {COMPUTED}",
         {"kl_k3": ("KL (k3)", {"smooth": True})},
         {},
     ),
     (
         "Clipped",
-        "Share of tokens whose ratio lay outside the clip, so that they gave no gradient. Zero with one update a step.",
+        f"Share of tokens whose ratio lay outside the clip, so that they gave no gradient, {COMPUTED} "
+        "Zero with one update a step.",
         {"clip_share": ("clipped", {"smooth": True})},
         {"share": True},
     ),
@@ -64,7 +66,8 @@ CHARTS: Sequence[tuple[str, str, Mapping[str, tuple[str, dict[str, Any]]], dict[
     ),
     (
         "Log-probability gap",
-        "Absolute difference between the sampler's and the learner's log-probability of the same token, in nats. "
+        "Absolute difference between the sampler's and the learner's log-probability of the same token, in nats, "
+        f"{COMPUTED} "
         "It should be rounding error; a jump means that the two are not the same model.",
         {"gap_max": ("largest", {"style": "second", "worst": True}), "gap_mean": ("mean", {})},
         {"log": True},

@@ -54,6 +54,11 @@ def test_an_axis_of_shares_never_leaves_zero_to_a_hundred_per_cent(values):
     assert shares[-1] >= 100 * max(values) - 0.1
 
 
+def test_the_marks_of_a_small_share_are_written_where_they_stand():
+    svg = chart([Curve(name="c", points=[(1, 0.0), (2, 0.009)])], share=True)
+    assert [text for text in labels(svg) if text.endswith("%")] == ["0 %", "0.25 %", "0.5 %", "0.75 %", "1 %"]
+
+
 def test_no_point_is_no_drawing():
     assert chart([]) == ""
     assert chart([Curve(name="c", points=[])]) == ""

@@ -204,6 +204,16 @@ def test_no_run_no_report(tmp_path):
         page.write(tmp_path)
 
 
+def test_what_the_learner_measures_is_said_to_be_over_what_it_computed():
+    captions = {next(iter(metrics)): caption for _, caption, metrics, _ in page.CHARTS}
+    assert [name for name in captions if page.COMPUTED in captions[name]] == [
+        "entropy",
+        "kl_k3",
+        "clip_share",
+        "gap_max",
+    ]
+
+
 def test_every_metric_that_is_drawn_is_explained_in_the_guide():
     guide = (Path(__file__).parents[2] / "docs" / "guide" / "report.md").read_text(encoding="utf-8")
     for _, _, metrics, _ in page.CHARTS:
