@@ -323,9 +323,18 @@ def _commands(record: Record) -> str:
         model = str(record.folder / "model")
         lines.append(["rung", "eval", model, str(task.get("name"))])
         lines[-1] += [f"{flag}={record.config[name]}" for name, flag in EVAL_FLAGS.items() if name in record.config]
-        lines[-1] += [f"--task.options.{key.replace('_', '-')}={value}" for key, value in flat(task.get("options", {}))]
+        chosen = task.get("options")
+        lines[-1] += [_task_option(*item) for item in (chosen.items() if isinstance(chosen, Mapping) else ())]
     lines.append(["rung", "train", str(record.folder / "config.json"), "--name", f"{record.name}-again"])
     return "\n".join(map(shlex.join, lines))
+
+
+def _task_option(name: str, value: Any) -> str:
+    """One option of the task as `rung eval` reads it."""
+    word = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--task.options.{word if value else 'no-' + word}"
+    return f"--task.options.{word}={value}"
 
 
 def _cut(text: str) -> str:
