@@ -69,9 +69,9 @@ def samples(step: int) -> list[dict]:
     ]
 
 
-def finished_run(folder: Path, steps: int = 60) -> RunDir:
+def finished_run(folder: Path, steps: int = 60, recipe: GroupRL = RECIPE) -> RunDir:
     """A whole run that went well, evaluated at the start, at each third, and at the end."""
-    run = create(folder, replace(RECIPE, num_steps=steps), ENVIRONMENT)
+    run = create(folder, replace(recipe, num_steps=steps), ENVIRONMENT)
     noise = random.Random(0)
     for step in range(1, steps + 1):
         run.append("metrics", [train_row(step, steps, noise)])

@@ -1,10 +1,12 @@
 """`rung report RUN`"""
 
+import sys
 from dataclasses import dataclass
 
 from rung.cli import options
 from rung.report import page
 from rung.report.load import find_run
+from rung.report.visible import one_line
 
 COMMAND = "rung report"
 
@@ -24,4 +26,5 @@ def help(args: list[str]) -> str:
 
 
 def run(args: list[str]) -> None:
-    print(page.write(find_run(options.read(Report, args, command=COMMAND).run)))
+    path = str(page.write(find_run(options.read(Report, args, command=COMMAND).run)))
+    print(one_line(path) if sys.stdout.isatty() else path)

@@ -45,7 +45,7 @@ def _row(folder: Path) -> tuple[str, str, str, str, str]:
     try:
         record = read_run(folder)
     except RunError:
-        return folder.name, "another version of Rung", "", "", ""
+        return one_line(folder.name), "another version of Rung", "", "", ""
     measured = record.accuracies
     accuracy = " → ".join(f"{found.value:.1%}" for found in dict.fromkeys([*measured[:1], *measured[-1:]]))
     return (

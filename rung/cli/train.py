@@ -16,7 +16,8 @@ from rung.cli.options import Option
 from rung.core import config
 from rung.core.errors import ConfigError, nearest
 from rung.core.progress import Listener
-from rung.report.load import RUNS
+from rung.report.load import RUNS, read_run
+from rung.report.visible import one_line
 from rung.train.config import METHODS, GroupRL
 
 COMMAND = "rung train"
@@ -61,6 +62,9 @@ def run(args: list[str]) -> None:
     if asked.print_config:
         print(config.dumps_json(recipe), end="")
         return
+    if asked.or_resume and args[0] in recipes() and _is_kept(folder, args, recipe):
+        jobs.tell(folder)
+        return
     import rung
 
     if asked.dry_run:
@@ -73,20 +77,40 @@ def run(args: list[str]) -> None:
     jobs.follow(folder, job, tensorboard=asked.tensorboard)
 
 
+def _is_kept(folder: Path, args: Sequence[str], recipe: GroupRL) -> bool:
+    """Is there a finished run of this built-in recipe, though the recipe itself, not what was typed, is another now?
+
+    Says what has changed: who only asks for the result need not know, who wanted the new recipe must.
+    """
+    if not (folder / "model").exists() or not (record := read_run(folder)).finished:
+        return False
+    changed = config.diff(record.config, config.to_dict(recipe))
+    typed = {".".join(path) for path in _parsed(args)[1]}
+    if not changed or any(name == path or name.startswith(path + ".") for name in changed for path in typed):
+        return False
+    names = one_line(", ".join(changed))
+    print(f"This run is finished. Recipes have changed since ({names}); another --name trains anew.", file=sys.stderr)
+    return True
+
+
 def read(args: Sequence[str]) -> tuple[Train, GroupRL]:
     """What was asked, and the recipe with every change that was typed.  Raises ConfigError."""
-    if not args or args[0].startswith("-"):
-        raise ConfigError(f"{COMMAND} needs a recipe as its first word. Known: {', '.join(recipes())}.")
-    command = f"{COMMAND} {args[0]}"
-    recipe = _with_task(load_recipe(args[0]), args)
-    general = options.options_of(Train)
-    values = options.parse(args, [*general, *recipe_options(recipe)], command=command)
-    own = {option.path for option in general}
+    recipe, values = _parsed(args)
+    own = {option.path for option in options.options_of(Train)}
     asked = Train(**{path[0]: value for path, value in values.items() if path in own})
     if METHOD in values:
         recipe = replace(recipe, method=METHODS[values[METHOD]])
     changes = {path: value for path, value in values.items() if path not in own and path != METHOD}
     return asked, options.changed(recipe, changes)
+
+
+def _parsed(args: Sequence[str]) -> tuple[GroupRL, dict[options.Path, Any]]:
+    """The recipe as it is, and what was typed."""
+    if not args or args[0].startswith("-"):
+        raise ConfigError(f"{COMMAND} needs a recipe as its first word. Known: {', '.join(recipes())}.")
+    command = f"{COMMAND} {args[0]}"
+    recipe = _with_task(load_recipe(args[0]), args)
+    return recipe, options.parse(args, [*options.options_of(Train), *recipe_options(recipe)], command=command)
 
 
 def recipes() -> Mapping[str, Callable[[], GroupRL]]:

@@ -203,6 +203,18 @@ def test_runs_lists_every_folder_with_its_state(capsys, tmp_path, monkeypatch):
     assert "12.4% → 97.4%" in lines[1]
 
 
+def test_a_folder_s_name_cannot_steer_the_terminal(capsys, tmp_path, monkeypatch):
+    run_of = finished_run(tmp_path / "good\x1b[2J", steps=3)
+    other = create(tmp_path / "bad\x1b[2J\n", RECIPE, {})
+    (other.folder / "VERSION").write_text("rung-run 99\n")
+    out = run(capsys, "runs", "--folder", str(tmp_path))[1]
+    assert [line.split()[0] for line in out.splitlines()[1:]] == ["bad␛[2J␊", "good␛[2J"]
+    path = str(run_of.folder / "report.html")
+    assert run(capsys, "report", str(run_of.folder))[1] == path + "\n"  # to a file or a pipe, byte for byte
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert run(capsys, "report", str(run_of.folder))[1] == path.replace("\x1b", "␛") + "\n"
+
+
 def test_a_run_that_is_being_written_is_running(capsys, tmp_path):
     done = finished_run(tmp_path / "one")
     with done.lock():

@@ -1,7 +1,9 @@
 """`rung train`: from words to the one call of `rung.train`, and what is said at the end."""
 
 import json
+import shlex
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from made_runs import RECIPE, eval_row, finished_run
@@ -13,7 +15,9 @@ from rung.core.config import dumps_json
 from rung.core.errors import ConfigError
 from rung.core.progress import Progress
 from rung.core.rundir import create
-from rung.train.config import METHODS, GroupRL
+from rung.report import page
+from rung.report.load import read_run
+from rung.train.config import METHODS, GroupRL, TaskSpec
 
 FILE = """
 from rung.train.config import GroupRL, TaskSpec
@@ -148,6 +152,33 @@ def test_a_printed_configuration_repeats_the_run(here, capsys, suffix):
     assert changed == replace(recipe, seed=6)
 
 
+def test_the_commands_of_a_report_are_understood_and_mean_the_run(here, capsys, monkeypatch):
+    task = (
+        "def __init__(self, lenient: bool = False, loud: bool = True, mark: str = '', size: int = 4, by_2: float = 1.0)"
+    )
+    (here / "task.py").write_text(f"class Words:\n    {task}:\n        pass\n")
+    options = {"lenient": True, "loud": False, "mark": "--a 'b' $c", "size": -3, "by_2": 1e-7}
+    recipe = replace(load_recipe("mine.py:mine"), task=TaskSpec(name="task.py:Words", options=options))
+    run = finished_run(here / "runs" / "my run", recipe.num_steps, recipe)
+    (run.folder / "model").mkdir()
+    evaluate, train = map(shlex.split, page._commands(read_run(run.folder)).splitlines())
+    asked = []
+    found = SimpleNamespace(accuracy=0.5, low=0.25, high=0.75, n=8, unknown=0)
+    monkeypatch.setattr(rung, "load", lambda name, **_: asked.append(name), raising=False)
+    monkeypatch.setattr(
+        rung, "evaluate", lambda model, task, **more: asked.append((task, more)) or found, raising=False
+    )
+    assert cli.main(evaluate[1:]) == 0, capsys.readouterr().err
+    model, (task, more) = asked
+    assert (model, task) == (str(run.folder / "model"), recipe.task)
+    assert (more["problems"], more["max_tokens"], more["split"]) == (
+        recipe.eval_problems,
+        recipe.max_tokens,
+        "held_out",
+    )
+    assert read(train[2:])[1] == replace(recipe, name="mine-again")
+
+
 def to_toml(value, path=""):
     """JSON's objects, numbers and plain strings as TOML tables."""
     plain = [f"{key} = {json.dumps(item)}" for key, item in value.items() if not isinstance(item, dict)]
@@ -192,6 +223,25 @@ def test_train_is_one_call_and_tells_result_and_report_on_stdout(here, capsys, m
     ]
     assert "training 1/7  reward 0.5" in err
     assert (here / "runs/mine/report.html").exists()
+
+
+def test_a_finished_run_tells_its_result_after_its_recipe_has_changed(here, capsys, monkeypatch):
+    again = ["train", "arithmetic", "--or-resume", "--name", "kept"]
+    old = replace(load_recipe("arithmetic"), name="kept", num_steps=3, seed=5)
+    run = finished_run(here / "runs" / "kept", 3, old)
+    calls = []
+    monkeypatch.setattr(rung, "train", lambda recipe, **options: calls.append(recipe), raising=False)
+    cli.main(again)
+    assert len(calls) == 1, "a run without a model has not come to its end"
+    (run.folder / "model").mkdir()
+    assert cli.main([*again, "--seed", "5"]) == 0
+    assert len(calls) == 1
+    out, err = capsys.readouterr()
+    assert "kept: finished: 3 steps; held-out accuracy 12.4% → 97.4%" in out
+    assert "Recipes have changed since (num_steps); another --name trains anew." in err
+    cli.main([*again, "--num-steps", "9"])  # what was typed is meant: `rung.train` refuses it
+    cli.main([*again, "--method", "rloo", "--method.kl-coef", "0.5"])
+    assert len(calls) == 3
 
 
 def test_ctrl_c_says_how_to_go_on_and_ends_with_130(here, capsys, monkeypatch):
