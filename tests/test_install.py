@@ -2,9 +2,12 @@
 
 import importlib.metadata as metadata
 import importlib.util
+import json
+import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -57,6 +60,26 @@ def test_the_build_and_size_of_torch_are_told_from_what_pip_reports(tmp_path, ne
     }
     line = _which_torch().describe(install)
     assert line.startswith(f"torch 2.13.0, {said}: 3 MB")
+
+
+@pytest.mark.parametrize(
+    ("version", "kept"), [("2.11.0+cu130", True), ("2.14.1+rocm7.0", True), ("2.13.0", True), ("2.10.1+cu128", False)]
+)
+def test_a_torch_that_the_machine_has_is_replaced_only_where_it_is_too_old(tmp_path, version, kept):
+    """What `pip install .` does about its requirements, of a Python that has this torch; no index is asked."""
+    (tmp_path / f"torch-{version}.dist-info").mkdir()
+    (tmp_path / f"torch-{version}.dist-info" / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n"
+    )
+    needs = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-index", "--dry-run"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": ""}
+    asked = subprocess.run([*pip, "--report", "-", *needs], capture_output=True, text=True, env=environment)
+    if kept:
+        assert asked.returncode == 0, asked.stderr
+        assert json.loads(asked.stdout)["install"] == []
+    else:
+        assert "No matching distribution found for torch>=2.11" in asked.stderr
 
 
 def _lines() -> list[str]:
