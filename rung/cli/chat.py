@@ -14,7 +14,7 @@ COMMAND = "rung chat"
 
 @dataclass(frozen=True, kw_only=True)
 class Chat:
-    """Talk with a model: one line is one turn, an empty line or Ctrl-D ends.
+    """Talk with a model: one line is one turn; an empty line, Ctrl-D or Ctrl-C ends.
 
     model: a name (`rung models`), a Hugging Face folder or a .gguf file
     system: what the model is told before the first turn
@@ -47,21 +47,31 @@ def run(args: list[str]) -> None:
     while said := _line():
         messages.append(Message("user", said))
         pieces = []
-        for piece in stream(
-            model,
-            messages,
-            max_tokens=asked.max_tokens,
-            temperature=asked.temperature,
-            seed=asked.seed + len(messages),
-        ):
-            pieces.append(piece)
-            print(visible(piece) if sys.stdout.isatty() else piece, end="", flush=True)
+        try:
+            for piece in stream(
+                model,
+                messages,
+                max_tokens=asked.max_tokens,
+                temperature=asked.temperature,
+                seed=asked.seed + len(messages),
+            ):
+                pieces.append(piece)
+                print(visible(piece) if sys.stdout.isatty() else piece, end="", flush=True)
+        except KeyboardInterrupt:
+            print(flush=True)  # what was said stands on a line of its own
+            raise
         print(flush=True)
         messages.append(Message("assistant", "".join(pieces)))
 
 
 def _line() -> str:
-    """The next turn; the sign that asks for it is no answer, so it goes to stderr."""
-    if sys.stdin.isatty():
+    """The next turn, empty at the end of input; the sign that asks for it is no answer, so it goes to stderr."""
+    asks, line = sys.stdin.isatty(), ""
+    if asks:
         print("> ", end="", file=sys.stderr, flush=True)
-    return sys.stdin.readline().rstrip("\n")
+    try:
+        line = sys.stdin.readline()
+    finally:
+        if asks and not line.endswith("\n"):  # Ctrl-C or Ctrl-D leaves the cursor beside the sign
+            print(file=sys.stderr)
+    return line.rstrip("\n")

@@ -190,6 +190,38 @@ def test_chat_keeps_the_conversation_and_puts_answers_alone_on_stdout(capsys, mo
     assert heard[0][1] != heard[1][1]  # another draw for another turn
 
 
+class Keyboard(io.StringIO):
+    """A terminal's input whose last key is Ctrl-C."""
+
+    def isatty(self):
+        return True
+
+    def readline(self):
+        line = super().readline()
+        if not line:
+            raise KeyboardInterrupt
+        return line
+
+
+def test_chat_on_a_terminal_leaves_cleanly_and_shows_control_characters(capsys, monkeypatch):
+    def stream(model, messages, **options):
+        yield "wait\x1b]0;title\x07"
+        if messages[-1].content == "stop":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(rung, "load", FakeModels("").load, raising=False)
+    monkeypatch.setattr("rung.model.generate.stream", stream)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    shown = "wait␛]0;title␇\n"
+    for typed, answers, said in (("one\nstop\n", 2, "> > Stopped.\n"), ("one\n", 1, "> > \nStopped.\n")):
+        monkeypatch.setattr("sys.stdin", Keyboard(typed))
+        assert run(capsys, "chat", "m") == (cli.INTERRUPTED, shown * answers, said)
+    keyboard = io.StringIO("one\n")
+    keyboard.isatty = lambda: True
+    monkeypatch.setattr("sys.stdin", keyboard)
+    assert run(capsys, "chat", "m") == (0, shown, "> > \n")  # the end of input
+
+
 def test_runs_lists_every_folder_with_its_state(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "No runs in runs/" in run(capsys, "runs")[1]
