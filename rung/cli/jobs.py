@@ -4,7 +4,6 @@ import contextlib
 import importlib.util
 import json
 import shlex
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -67,8 +66,10 @@ def _mirror(folder: Path) -> Iterator[Callable[[], None]]:
         if not log.is_file():
             return
         if writer is None or log.stat().st_size < read:  # new, or cut back by a resume: begin again
-            shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-            writer, read = SummaryWriter(str(folder / "tensorboard")), 0
+            if writer is not None:
+                writer.close()
+            # a TensorBoard that is looking forgets what it has read; if files vanished it would go on showing them
+            writer, read = SummaryWriter(str(folder / "tensorboard"), purge_step=0), 0
         with log.open("rb") as file:
             file.seek(read)
             for line in file:

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from rung.cli.train import load_recipe, read, recipes
 from rung.core.config import dumps_json
 from rung.core.errors import ConfigError
 from rung.core.progress import Progress
-from rung.core.rundir import create
+from rung.core.rundir import RunDir, create
 from rung.report import page
 from rung.report.load import read_run
 from rung.train.config import METHODS, GroupRL, TaskSpec
@@ -278,14 +279,27 @@ def test_tensorboard_mirrors_every_metric_and_follows_a_cut_back_log(here, capsy
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     monkeypatch.setattr(rung, "train", FakeTrain(), raising=False)
     assert cli.main(["train", "mine.py:mine", "--tensorboard"]) == 0
+    looking = accumulator.EventAccumulator(str(here / "runs/mine/tensorboard"))
 
-    def scalars():
-        found = accumulator.EventAccumulator(str(here / "runs/mine/tensorboard"))
+    def scalars(found=looking):
         found.Reload()
         return {tag: [(e.step, round(e.value, 6)) for e in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
 
     assert scalars()["train/reward"] == [(step, 0.5) for step in range(1, 8)]
     assert scalars()["eval/accuracy"] == [(0, 0.1), (7, 0.8)]
+
+    def resume(folder, *, listener, **_):
+        run = RunDir(folder)
+        run.cut("metrics", 4)
+        listener(Progress(stage="load"))
+        run.append("metrics", [{"kind": "train", "step": step, "reward": 0.75} for step in (4, 5)])
+
+    time.sleep(1.1)  # tensorboard orders its files by the second in which they were begun
+    monkeypatch.setattr(rung, "resume", resume, raising=False)
+    assert cli.main(["resume", "mine", "--tensorboard"]) == 0
+    expected = [(1, 0.5), (2, 0.5), (3, 0.5), (4, 0.75), (5, 0.75)]
+    assert scalars()["train/reward"] == expected, "to one who was looking"
+    assert scalars(accumulator.EventAccumulator(looking.path))["train/reward"] == expected, "to one who comes now"
 
 
 def test_tensorboard_that_is_not_installed_is_said_before_anything_is_done(here, capsys, monkeypatch):
