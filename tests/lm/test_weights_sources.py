@@ -128,10 +128,12 @@ while :; do sleep 0.1; done
 """
 FETCH = """
 import sys
+from rung.cli.display import Display
 from rung.lm.weights import sources
 sys.executable = {pip!r}
 sources.PACKAGED = {{"tiny": sources.Packaged(requirement="x", member="no_such/x", sha256="", size=1, about="")}}
-sources.locate("tiny")
+with Display(finish=True) as display:  # as in `rung train`: the job is stopped at its next piece of news
+    sources.locate("tiny", display)
 """
 
 
