@@ -40,7 +40,9 @@ def test_every_verb_is_documented():
 
 def test_the_documented_commands_are_understood(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mytask.py").write_text("class Rhymes:\n    def __init__(self, words: int = 3):\n        pass\n")
+    (tmp_path / "mytask.py").write_text(
+        "class Rhymes:\n    def __init__(self, words: int = 3, strict: bool = True):\n        pass\n"
+    )
     shown = "".join(re.findall(r"```bash\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL))
     examples = [line for line in shown.splitlines() if line.startswith("rung train ")]
     assert len(examples) >= 5
