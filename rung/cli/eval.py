@@ -78,8 +78,9 @@ def task_options(name: str) -> list[Option]:
     found = []
     for parameter in task_parameters(name):
         has_default = parameter.default is not parameter.empty
-        kind = type(parameter.default) if has_default else parameter.annotation
-        if kind in WORD_KINDS:
+        kinds = (parameter.annotation, type(parameter.default))  # `bonus: float = 1` takes 0.5
+        kind = next((kind for kind in kinds if kind in WORD_KINDS), None)
+        if kind is not None:
             default = parameter.default if has_default else None
             found.append(Option(path=(*TASK_OPTIONS, parameter.name), kind=kind, default=default))
     return found

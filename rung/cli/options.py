@@ -77,7 +77,10 @@ def options_of(cls: type, default: Any = None, *, path: Path = (), more: Sequenc
             found += options_of(type(value), value, path=here, more=more)
         elif isinstance(value, Mapping):
             inside = [option for option in more if option.path[:-1] == here]
-            inside += [Option(path=(*here, key), kind=type(setting), default=setting) for key, setting in value.items()]
+            kinds = {option.path: option.kind for option in inside}
+            for key, setting in value.items():
+                own = (*here, key)
+                inside.append(Option(path=own, kind=kinds.get(own, type(setting)), default=setting))
             found += {option.path: option for option in inside}.values()
         else:
             required = value is MISSING

@@ -9,15 +9,19 @@ are disjoint whatever the order or the seed, and a generator of a billion proble
 """
 
 import hashlib
+import sys
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
-from rung.core.errors import TaskError
+from rung.core.errors import RungError, TaskError
 from rung.core.keys import GOLDEN, MASK, MIX_1, derive_key, mix64
 from rung.core.words import Answer, Grade, Message, Problem
 
 Split = Literal["train", "validation", "held_out"]
 SPLITS: tuple[Split, ...] = ("train",) * 7 + ("validation",) + ("held_out",) * 2  # type: ignore[assignment]
+HERE = Path(__file__).parent  # its frames say nothing about a task of the user's own
 FEISTEL_ROUNDS = 4  # enough for a pseudo-random permutation  [Luby & Rackoff 1988]
 
 
@@ -51,6 +55,21 @@ def split_of(problem: Problem) -> Split:
         if split == named:
             return split
     raise TaskError(f"a problem's split must be train, validation or held_out, and is {named!r}")
+
+
+def problem_at(task: Task, index: int) -> Problem:
+    """Problem number `index`.  Raises TaskError, with the line of the task's file, where the task gives none."""
+    name = type(task).__name__
+    try:
+        problem = task.problem(index)
+    except RungError:
+        raise
+    except (Exception, SystemExit) as error:
+        place = getattr(sys.modules.get(type(task).__module__), "__file__", None) or ""
+        raise TaskError(f"problem {index} of the task {name} failed: {where(error, place)}") from error
+    if not isinstance(problem, Problem):
+        raise TaskError(f"problem {index} of the task {name} must be a Problem (rung.core.words), and is {problem!r}")
+    return problem
 
 
 def problems(task: Task, split: Split, count: int, seed: int = 0) -> list[Problem]:
@@ -94,7 +113,7 @@ def _first(task: Task, split: Split, count: int, key: int) -> list[Problem]:
     for index in range(size):
         if len(found) >= count:
             break
-        problem = task.problem(permuted(index, size, key))
+        problem = problem_at(task, permuted(index, size, key))
         if split_of(problem) == split:
             found.setdefault(problem.id, problem)
     if count and not found:
@@ -104,3 +123,16 @@ def _first(task: Task, split: Split, count: int, key: int) -> list[Problem]:
             f'parts yourself, with a fact "split")'
         )
     return list(found.values())
+
+
+def where(error: BaseException, place: str) -> str:
+    """An exception in one line, with the last line of the file `place` that it came through."""
+    what = " ".join(traceback.format_exception_only(error)[-1].split())
+    if isinstance(error, SyntaxError):
+        return f"{what} ({error.filename}, line {error.lineno})"
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [
+        frame for frame in frames if not frame.filename.startswith("<frozen") and Path(frame.filename).parent != HERE
+    ]
+    own = [frame for frame in theirs if Path(frame.filename).name == Path(place).name] or theirs
+    return f"{what} ({own[-1].filename}, line {own[-1].lineno}: {own[-1].line})" if own else what

@@ -18,7 +18,6 @@ import importlib.util
 import inspect
 import math
 import sys
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +28,7 @@ from typing import Any
 from rung.core.config import decode
 from rung.core.errors import ConfigError, RungError, TaskError, nearest
 from rung.core.words import Answer, Grade, Message, Problem
-from rung.tasks.base import Task, problem_id
+from rung.tasks.base import Task, problem_at, problem_id, split_of, where
 
 BUILT_IN: Mapping[str, str] = {"arithmetic": "rung.tasks.arithmetic:Arithmetic"}
 METHODS = ("__len__", "problem", "reply", "grade")
@@ -38,7 +37,8 @@ METHODS = ("__len__", "problem", "reply", "grade")
 def load_task(name: str, options: Mapping[str, Any]) -> Task:
     """The task of a name, made with these options.
 
-    Raises TaskError for a name that leads nowhere, a file that raises, an unknown option, or an empty set of problems.
+    Raises TaskError for a name that leads nowhere, a file that raises, an unknown option, an empty set of problems, a
+    first problem that cannot be had, or a task of several turns.
     """
     found, module, place = _find(name)
     _check_options(name, found, options)
@@ -52,6 +52,7 @@ def load_task(name: str, options: Mapping[str, Any]) -> Task:
         raise TaskError(f"{name} must be a Task (__len__, problem, reply, grade), and has no {missing[0]}")
     if _run(name, place, lambda: len(task)) == 0:
         raise TaskError(f"the task {name} has no problems: it needs a few dozen, to learn from and to hold out")
+    _refuse_several_turns(name, place, task)
     return task
 
 
@@ -119,6 +120,18 @@ def _find(name: str) -> tuple[Callable[..., Any], ModuleType, str]:
     return found, module, place
 
 
+def _refuse_several_turns(name: str, place: str, task: Task) -> None:
+    """A task that goes on after an answer would be run as one turn in silence."""
+    problem = problem_at(task, 0)
+    for text in ("", problem.answer or ""):
+        turns = [*problem.messages, Message("assistant", text)]
+        if _run(name, place, partial(task.reply, problem, turns)) is not None:
+            raise TaskError(
+                f"the task {name} replies to an answer, and several turns are not supported yet: `reply` must return "
+                "None, which ends the episode after one answer"
+            )
+
+
 def _decoded(name: str, cls: Any, options: Mapping[str, Any]) -> Task:
     try:
         return decode(cls, dict(options))
@@ -131,7 +144,23 @@ def _from_reward(module: ModuleType, reward: Callable[..., Any], name: str, opti
     if listed is None:
         raise TaskError(f"{name} is a reward function: its file needs a list `problems` beside it")
     rows = listed() if callable(listed) else listed
-    return RewardTask(tuple(_problem(row, name, i) for i, row in enumerate(rows)), partial(reward, **options))
+    task = RewardTask(tuple(_problem(row, name, i) for i, row in enumerate(rows)), partial(reward, **options))
+    _refuse_contradictions(name, task.problems)
+    return task
+
+
+def _refuse_contradictions(name: str, problems: Sequence[Problem]) -> None:
+    """A prompt listed in two parts would leak from one to the other; of two answers one would be lost."""
+    seen: dict[str, tuple[int, Problem]] = {}
+    for index, problem in enumerate(problems):
+        first, other = seen.setdefault(problem.id, (index, problem))
+        parts, answers = (split_of(other), split_of(problem)), (other.answer, problem.answer)
+        for what, (old, new) in {"split": parts, "answer": answers}.items():
+            if old != new:
+                raise TaskError(
+                    f"{name}: problems {first} and {index} are one prompt with two values of {what}, {old!r} and "
+                    f"{new!r}: keep one of them ({problem.messages[-1].content[:80]!r})"
+                )
 
 
 def _problem(row: Any, name: str, index: int) -> Problem:
@@ -158,7 +187,11 @@ def _is_reward(found: Any) -> bool:
 
 
 def _parameters(found: Any) -> list[inspect.Parameter]:
-    return list(inspect.signature(found).parameters.values())[2 * _is_reward(found) :]
+    try:
+        signature = inspect.signature(found, eval_str=True)  # `from __future__ import annotations` leaves strings
+    except Exception:  # an annotation that only a type checker understands
+        signature = inspect.signature(found)
+    return list(signature.parameters.values())[2 * _is_reward(found) :]
 
 
 def _check_options(name: str, found: Any, options: Mapping[str, Any]) -> None:
@@ -172,7 +205,8 @@ def _check_options(name: str, found: Any, options: Mapping[str, Any]) -> None:
             raise TaskError(f"the task {name} has no option {option!r}. {hint}")
     for p in parameters:
         if p.default is p.empty and p.name not in options and p.kind is not p.VAR_POSITIONAL:
-            raise TaskError(f"the task {name} needs the option {p.name!r}")
+            hint = ". A reward function begins with `(problem, text`" if inspect.isfunction(found) else ""
+            raise TaskError(f"the task {name} needs the option {p.name!r}{hint}")
 
 
 def _run(name: str, place: str, action: Callable[[], Any]) -> Any:
@@ -183,17 +217,6 @@ def _run(name: str, place: str, action: Callable[[], Any]) -> Any:
         raise
     except (Exception, SystemExit) as error:
         raise TaskError(f"the task {name} failed: {where(error, place)}") from error
-
-
-def where(error: BaseException, place: str) -> str:
-    """An exception in one line, with the last line of the file `place` that it came through."""
-    what = " ".join(traceback.format_exception_only(error)[-1].split())
-    if isinstance(error, SyntaxError):
-        return f"{what} ({error.filename}, line {error.lineno})"
-    frames = traceback.extract_tb(error.__traceback__)
-    theirs = [frame for frame in frames if not frame.filename.startswith("<frozen") and frame.filename != __file__]
-    own = [frame for frame in theirs if Path(frame.filename).name == Path(place).name] or theirs
-    return f"{what} ({own[-1].filename}, line {own[-1].lineno}: {own[-1].line})" if own else what
 
 
 def _load_file(path: Path) -> ModuleType:

@@ -2,7 +2,8 @@
 
 *Wrong* is whatever an answer causes: an answer that makes the verifier raise, hang or die, while the verifier manages
 the known-good answer to the same problem, scores 0.  *Unknown* is the verifier's own fault: it says so, the known-good
-answer fails too, or the child cannot be kept alive.  Where a problem has no known-good answer, an empty one is tried.
+answer fails too, or the child cannot be kept alive.  Where a problem has no known-good answer, the verifier works if it
+manages an empty text, a number, or anything else in the same batch.
 
 The child is limited in time and memory against accidents; it is no defence against hostile code.
 """
@@ -25,6 +26,7 @@ from rung.core.errors import TaskError
 from rung.core.words import Answer, Grade, unknown
 
 START_SECONDS = 120.0  # loading a task may import much
+STAND_INS = ("", "0")  # where no answer is known good: a verifier that calls float(text) manages the second
 TAIL = 2000  # bytes of the child's stderr that a message may quote
 
 
@@ -54,7 +56,10 @@ class Grader:
         self._broken = ""
         hopeless: dict[str, str] = {}
         outcomes = self._outcomes(answers)
-        return [self._judge(answer, outcome, hopeless) for answer, outcome in zip(answers, outcomes, strict=True)]
+        works = any(isinstance(outcome, Grade) and outcome.known for outcome in outcomes)
+        return [
+            self._judge(answer, outcome, hopeless, works) for answer, outcome in zip(answers, outcomes, strict=True)
+        ]
 
     def close(self) -> None:
         self._child.kill()
@@ -93,28 +98,46 @@ class Grader:
     def _living(self) -> "_Child | None":
         return self._child if self._child.alive else None
 
-    def _judge(self, answer: Answer, outcome: "Grade | _Failure", hopeless: dict[str, str]) -> Grade:
-        """What a failure means.  `hopeless`: problems whose known-good answer fails, and how; filled as it goes."""
+    def _judge(self, answer: Answer, outcome: "Grade | _Failure", hopeless: dict[str, str], works: bool) -> Grade:
+        """What a failure means.
+
+        hopeless: problems whose known-good answer fails, and how; filled as it goes (those without one are one problem)
+        works:    some answer of the batch was graded
+        """
         if isinstance(outcome, _Failure) and outcome.child is not None and outcome.child is not self._living():
             (outcome,) = self._outcomes([answer])  # perhaps an accident, or an earlier answer's doing: once more
-        problem = answer.problem
+        known_good = answer.problem.answer
+        problem = "" if known_good is None else answer.problem.id
         for attempt in range(2):
             if isinstance(outcome, Grade):
                 return outcome
-            if problem.id in hopeless:
+            if problem in hopeless:
                 break
             survived = self._child.alive
-            (control,) = self._outcomes([replace(answer, text=problem.answer or "", stop="eos")])
+            control = self._control(answer)
             if isinstance(control, Grade) and control.known:
                 return Grade(score=0.0, error=outcome.reason)
             if not survived or attempt:
-                hopeless[problem.id] = control.error if isinstance(control, Grade) else control.reason
+                hopeless[problem] = control.error if isinstance(control, Grade) else control.reason
             else:  # an earlier answer may have left the child in ruins: once more, in a new one
                 self._child.kill()
                 (outcome,) = self._outcomes([answer])
         assert isinstance(outcome, _Failure)
-        kind = "an empty answer" if problem.answer is None else "the known-good answer"
-        return unknown(f"{outcome.reason}; {kind} to the same problem fails too: {hopeless[problem.id]}")
+        if known_good is None and works and not self._broken:
+            return Grade(score=0.0, error=outcome.reason)
+        kind = "the known-good answer to the same problem fails too"
+        if known_good is None:
+            kind = "with no known-good answer to try, every other answer, an empty one and '0' fail too"
+        return unknown(f"{outcome.reason}; {kind}: {hopeless[problem]}")
+
+    def _control(self, answer: Answer) -> "Grade | _Failure":
+        """What becomes of the known-good answer to a problem; without one, of the first stand-in that is graded."""
+        known_good = answer.problem.answer
+        for text in STAND_INS if known_good is None else (known_good,):
+            (outcome,) = self._outcomes([replace(answer, text=text, stop="eos")])
+            if isinstance(outcome, Grade) and outcome.known:
+                break
+        return outcome
 
 
 class UnknownWatch:

@@ -9,16 +9,18 @@ import json
 import math
 import os
 import queue
+import reprlib
 import resource
 import threading
+from dataclasses import replace
 from io import FileIO
 from typing import Any
 
 from rung.core.config import decode, encode
-from rung.core.errors import RungError
-from rung.core.words import Answer
-from rung.tasks.base import Task
-from rung.tasks.load import load_task, where
+from rung.core.errors import RungError, TaskError
+from rung.core.words import Answer, Grade
+from rung.tasks.base import Task, where
+from rung.tasks.load import load_task
 
 
 def main() -> None:
@@ -41,10 +43,33 @@ def main() -> None:
 
 def _grade(task: Task, answer: Answer, name: str) -> dict[str, Any]:
     try:
-        (grade,) = task.grade([answer])
-        return {"grade": encode(grade)}
+        return {"grade": encode(_sound(task.grade([answer])))}
+    except RungError as error:
+        return {"error": f"the task {name}: {error}"}
     except (Exception, SystemExit, KeyboardInterrupt) as error:  # whatever the verifier does, the parent judges it
         return {"error": where(error, name.rpartition(":")[0])}
+
+
+def _sound(grades: Any) -> Grade:
+    """The grade of the one answer; True and 1 count as 1.0.  Raises TaskError for what is no grade."""
+    if not isinstance(grades, list | tuple) or len(grades) != 1 or not isinstance(grades[0], Grade):
+        raise TaskError(f"grade must return a list of one Grade per answer, and returned {reprlib.repr(grades)}")
+    (grade,) = grades
+    if grade.right not in (True, False):
+        raise TaskError(f"a grade is right or not (True or False), and is {reprlib.repr(grade.right)}")
+    parts = {name: _number(value) for name, value in grade.parts.items()}
+    score = None if grade.score is None else _number(grade.score)
+    return replace(grade, score=score, right=bool(grade.right), parts=parts, error=str(grade.error))
+
+
+def _number(value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise TaskError(f"a score must be a finite number, and is {reprlib.repr(value)}")
+    return number
 
 
 def _take_pipes() -> tuple[queue.Queue[Any], FileIO]:

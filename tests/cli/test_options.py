@@ -55,6 +55,13 @@ DEFAULT = Train(wheels=6, engine=Engine(power=2.0), extras={"bells": 2, "colour"
 OPTIONS = options_of(Train, DEFAULT, more=[Option(path=("extras", "horns"), kind=int, default=1)])
 
 
+def test_a_key_that_holds_a_whole_number_still_takes_what_its_task_takes():
+    default = Train(extras={"bonus": 1})
+    more = [Option(path=("extras", "bonus"), kind=float, default=0.5)]
+    (option,) = [option for option in options_of(Train, default, more=more) if option.path == ("extras", "bonus")]
+    assert (option.kind, option.default) == (float, 1)
+
+
 def given(words):
     return changed(DEFAULT, parse(words.split(), OPTIONS, command="build"))
 

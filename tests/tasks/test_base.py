@@ -141,6 +141,15 @@ def test_an_empty_part_is_an_error_that_says_why():
         draw(Listed(2, ("held_out",) * 2), 4, seed=0, step=0)
 
 
+def test_a_problem_that_fails_in_the_middle_of_a_run_is_named_with_its_line():
+    class Failing(Listed):
+        def problem(self, index):
+            return {}[index] if index == 3 else super().problem(index)
+
+    with pytest.raises(TaskError, match=r"problem 3 of the task Failing failed: KeyError: 3 \(.*test_base.py, line "):
+        problems(Failing(9), "held_out", 9)
+
+
 def test_fewer_problems_than_asked_are_all_that_there_are():
     assert len(problems(Listed(9, ("held_out",) * 9), "held_out", 500)) == 9
 

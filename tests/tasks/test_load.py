@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from rung.cli.eval import task_options
 from rung.core.errors import TaskError
 from rung.core.words import Answer, Grade, Message, Problem
 from rung.tasks.arithmetic import Arithmetic
@@ -153,6 +154,44 @@ BAD = {
         {"word": 3, "time": 1},
         "TypeError: Spell.__init__() got an unexpected",
     ),
+    "a problem that raises": (
+        TASK.replace("return Problem(", "index / 0; return Problem("),
+        "made",
+        {},
+        "problem 0 of the task Spell failed: ZeroDivisionError: division by zero (",
+    ),
+    "a problem that is none": (
+        TASK.replace("return Problem(", "return dict("),
+        "made",
+        {},
+        "problem 0 of the task Spell must be a Problem (rung.core.words), and is {'id'",
+    ),
+    "a prompt in two parts": (
+        "problems = [{'prompt': 'a', 'split': 'train'}, {'prompt': 'b'}, {'prompt': 'a', 'split': 'held_out'}]\n"
+        "def reward(problem, text): return 1\n",
+        "reward",
+        {},
+        "problems 0 and 2 are one prompt with two values of split, 'train' and 'held_out': keep one of them ('a')",
+    ),
+    "a prompt with two answers": (
+        "problems = [{'prompt': 'a', 'answer': 1}, {'prompt': 'a', 'answer': 2}]\n"
+        "def reward(problem, text): return 1\n",
+        "reward",
+        {},
+        "problems 0 and 1 are one prompt with two values of answer, '1' and '2'",
+    ),
+    "a reward of another signature": (
+        "problems = [{'prompt': 'a'}]\ndef reward(problem, answer): return 1\n",
+        "reward",
+        {},
+        "needs the option 'problem'. A reward function begins with `(problem, text`",
+    ),
+    "a task of several turns": (
+        TASK.replace("        return None", "        return [Message('user', 'Go on.')]"),
+        "made",
+        {},
+        "replies to an answer, and several turns are not supported yet",
+    ),
     "a value": ("y = 5\n", "y", {}, "must be a Task class or a function, and is int"),
 }
 
@@ -164,6 +203,22 @@ def test_the_message_says_what_was_wrong(case, write):
         load_task(name if text is None else write(text) + name, options)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_prompt_that_is_listed_twice_alike_is_one_problem(write):
+    name = write("problems = [{'prompt': 'a', 'answer': 1, 'n': n} for n in range(2)]\ndef reward(problem, text): 1\n")
+    assert len(load_task(name + "reward", {})) == 2
+
+
+def test_the_kind_of_an_option_is_its_annotation_also_where_annotations_are_strings(write):
+    place = write(
+        "from __future__ import annotations\nfrom typing import TYPE_CHECKING\n"
+        "def task(word: str, *, bonus: float = 1, times=2): ...\n"
+        "def odd(*, bonus: Nowhere = 1): ...\n"
+    )
+    found = [(option.path[-1], option.kind, option.default) for option in task_options(place + "task")]
+    assert found == [("word", str, None), ("bonus", float, 1), ("times", int, 2)]
+    assert [option.kind for option in task_options(place + "odd")] == [int]
 
 
 def test_a_reward_that_is_not_a_number_is_the_verifiers_failure(write):
