@@ -4,6 +4,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from rung.core.keys import derive_key
 from rung.core.words import Answer, Grade, Message, Problem
 from rung.tasks.arithmetic import NUMBER, Arithmetic, last_number
 from rung.tasks.base import split_of
@@ -53,9 +54,9 @@ class FourShotsAnyNumber(FourShots, AnyNumber):
 
 @dataclass(frozen=True, kw_only=True)
 class CoinFlips(Arithmetic):
-    """The reward is a coin flip of each sample, whatever it says; accuracy is judged as ever."""
+    """The reward is a coin flip of each sample's own key, whatever it says; accuracy is judged as ever."""
 
     def grade(self, answers: Sequence[Answer]) -> list[Grade]:
-        rewards = [zlib.crc32(f"{a.problem.id} {place} {a.text}".encode()) & 1 for place, a in enumerate(answers)]
+        rewards = [derive_key("coin", answer.key) & 1 for answer in answers]
         graded = super().grade(answers)
         return [replace(grade, score=float(reward)) for grade, reward in zip(graded, rewards, strict=True)]

@@ -39,12 +39,16 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What came back for one problem: the text, why it ended, and its length in tokens (end token included)."""
+    """What came back for one problem: the text, why it ended, and its length in tokens (end token included).
+
+    key: the sample's own number, which names its draws; no two samples of a run share it
+    """
 
     problem: Problem
     text: str
     stop: Stop
     num_tokens: int
+    key: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

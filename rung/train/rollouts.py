@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from rung.core.errors import TaskError
 from rung.core.keys import derive_key
 from rung.core.records import Completion, GroupRequest, Sampling
 from rung.core.words import Answer, Grade, Problem
@@ -75,7 +76,7 @@ class LocalRollouts:
         return groups
 
     def _sample(self, asks: Sequence[Ask], weights: WeightsRef) -> list[Group]:
-        prompts = [self.model.prompt_ids(ask.problem.messages) for ask in asks]
+        prompts = [prompt_of(self.model, ask.problem, self.sampling.max_tokens) for ask in asks]
         requests = [
             GroupRequest(prompt_ids=prompt, keys=self.keys(ask), sampling=self.sampling)
             for ask, prompt in zip(asks, prompts, strict=True)
@@ -112,9 +113,22 @@ class LocalRollouts:
         return tuple(derive_key(self.seed, ask.step, ask.problem.id, draw) for draw in draws)
 
 
+def prompt_of(model: Model, problem: Problem, max_tokens: int) -> tuple[int, ...]:
+    """The problem as token ids.  Raises TaskError where the model has no room for it and an answer."""
+    ids, room = model.prompt_ids(problem.messages), model.decoder.config.max_positions
+    if len(ids) + max_tokens > room:
+        raise TaskError(
+            f"a problem and its answer must fit the model's {room} positions, and "
+            f"{problem.messages[-1].content[:60]!r} takes {len(ids)} tokens, with "
+            f"{max_tokens} for the answer: shorten the problem, or lower max_tokens"
+        )
+    return ids
+
+
 def answer_to(problem: Problem, completion: Completion, text: str) -> Answer:
     """A completion as the verifier sees it: strings and numbers."""
-    return Answer(problem=problem, text=text, stop=completion.stop, num_tokens=len(completion.token_ids))
+    tokens, key = len(completion.token_ids), completion.key
+    return Answer(problem=problem, text=text, stop=completion.stop, num_tokens=tokens, key=key)
 
 
 def asks_of(step: int, problems: Iterable[Problem], samples: int, drawn: Counter[str]) -> list[Ask]:

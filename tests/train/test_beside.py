@@ -1,6 +1,8 @@
 """What the default recipe is measured beside: the variants of its task, supervision, and the command as a whole."""
 
+import itertools
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,10 +10,14 @@ from train.tiny import tiny_folder, tiny_recipe
 
 from bench import beside
 from bench.beside_tasks import AnyNumber, CoinFlips, FourShots
+from rung.core.keys import derive_key
+from rung.core.records import Completion, Sampling
 from rung.core.words import Answer
 from rung.tasks.arithmetic import Arithmetic
 from rung.tasks.base import split_of
+from rung.tasks.sandbox import Grader
 from rung.train.config import TaskSpec
+from rung.train.rollouts import answer_to
 from rung.train.run import train
 
 OPTIONS = {"prompt": "{expression}", "opening": "{expression} ="}
@@ -53,11 +59,31 @@ def test_solved_examples_are_four_right_sums_of_the_training_part_before_the_que
 
 def test_coin_flips_are_even_differ_between_equal_answers_and_leave_the_accuracy_alone():
     task = CoinFlips()
-    grades = task.grade(_answers(task, "20", count=400))
+    answers = _answers(task, "20", count=400)
+    grades = task.grade([replace(answer, key=derive_key(0, n)) for n, answer in enumerate(answers)])
     assert 160 < sum(g.score for g in grades) < 240
-    assert [g.right for g in grades] == [a.problem.answer == "20" for a in _answers(task, "20", count=400)]
-    same = task.grade(_answers(task, "20") * 50)
-    assert {g.score for g in same} == {0.0, 1.0}
+    assert [g.right for g in grades] == [a.problem.answer == "20" for a in answers]
+
+
+def test_in_a_run_equal_answers_to_one_problem_get_coins_of_their_own_and_the_same_ones_again():
+    """Through the grading child, which grades one answer at a time: 200 even coins lie within 100 +- 30, to 2e-5."""
+    name = f"{beside.beside_tasks.__file__}:CoinFlips"
+    (answer,) = _answers(CoinFlips(), "20")
+    answers = [replace(answer, key=derive_key(0, 1, answer.problem.id, n)) for n in range(200)]
+    with Grader(name, {}) as grader:
+        grades = grader.grade(answers)
+        assert grader.grade(answers[::-1]) == grades[::-1]
+    assert 70 < sum(g.score for g in grades) < 130
+    neighbours = sum(a.score == b.score for a, b in itertools.pairwise(grades))
+    assert 70 < neighbours < 130
+
+
+def test_every_sample_is_graded_under_its_own_key():
+    completion = Completion(
+        token_ids=(1, 2), logp_sampled=(0.0,) * 2, logp_raw=(0.0,) * 2, stop="eos", policy_version=0, weights_hash="",
+        sampling=Sampling(max_tokens=2), key=123,
+    )  # fmt: skip
+    assert answer_to(Arithmetic().problem(0), completion, "20").key == 123
 
 
 def test_supervision_raises_the_likelihood_of_the_right_answer(run):
