@@ -198,6 +198,8 @@ def _tiles(record: Record) -> list[tuple[str, str]]:
         tiles.append(("largest log-prob gap", f"{max(gap for _, gap in gaps):.2g} nats"))
     if unknown := record.total("unknown"):
         tiles.append(("grades unknown", _percent(unknown / len(record.train))))
+    if dropped := record.total("groups_dropped"):
+        tiles.append(("groups dropped, too few grades", f"{dropped:,.0f}"))
     return tiles
 
 

@@ -24,6 +24,7 @@ from rung.model.model import compute_dtype, load
 from rung.objectives.logprobs import CHUNK_ROWS
 from rung.tasks.base import draw
 from rung.tasks.load import load_task
+from rung.train.checks import check_problems
 from rung.train.config import GroupRL
 from rung.train.methods import needs_reference
 from rung.train.session import check_recipe, use_threads
@@ -52,7 +53,9 @@ def estimate(recipe: GroupRL) -> Estimate:
     config = model.decoder.config
     parts = memory(recipe, config)
     total = sum(parts.values())
-    problems = draw(load_task(recipe.task.name, recipe.task.options), PROMPTS, seed=recipe.seed, step=1)
+    task = load_task(recipe.task.name, recipe.task.options)
+    check_problems(recipe, task)
+    problems = draw(task, PROMPTS, seed=recipe.seed, step=1)
     prompt = sum(len(model.prompt_ids(problem.messages)) for problem in problems) / len(problems)
     seconds = duration(recipe, num_parameters(config), multiply_rate(compute_dtype(recipe.dtype)), prompt)
     lines = [f"{name:<24}{size / 1e9:8.2f} GB" for name, size in parts.items()]

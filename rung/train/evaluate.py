@@ -1,9 +1,9 @@
 """Held-out accuracy: prompt, token limit and parser are those of training; greedy unless told otherwise."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from rung.core.errors import ConfigError, TaskError
 from rung.core.keys import derive_key
 from rung.core.progress import Listener, Progress, silent
 from rung.core.records import GroupRequest, Sampling
@@ -16,7 +16,7 @@ from rung.tasks.base import problems as problems_of
 from rung.tasks.load import load_task
 from rung.tasks.sandbox import Grader
 from rung.train.config import TaskSpec
-from rung.train.rollouts import answer_to
+from rung.train.rollouts import answer_to, prompt_of
 
 CHUNK = 128  # problems between two pieces of news
 
@@ -37,7 +37,7 @@ class Evaluation:
 
 def evaluate(
     model: Model,
-    task: TaskSpec,
+    task: TaskSpec | str,
     *,
     problems: int = 500,
     split: Split = "held_out",
@@ -46,13 +46,21 @@ def evaluate(
     seed: int = 0,
     listener: Listener = silent,
 ) -> Evaluation:
-    """Accuracy of a model on a task.  Raises TaskError when the task cannot be loaded or has too few problems."""
+    """Accuracy of a model on a task (a name, or a TaskSpec where it takes options).
+
+    Raises TaskError when the task cannot be loaded, has no problem, one that is too long for the model, or a verifier
+    that grades no answer.
+    """
+    if problems < 1:
+        raise ConfigError(f"problems must be at least 1, not {problems}.")
+    task = TaskSpec(name=task) if isinstance(task, str) else task
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature, stop_ids=model.tokenizer.eos_ids)
     asked = problems_of(load_task(task.name, task.options), split, problems, seed)
+    engine = Engine(model.decoder, max_positions=model.decoder.config.max_positions)
     with Grader(task.name, task.options) as grader:
         return evaluate_with(
             model,
-            Engine(model.decoder),
+            engine,
             asked,
             sampling,
             grader.grade,
@@ -76,13 +84,14 @@ def evaluate_with(
     listener: Listener = silent,
 ) -> Evaluation:
     """`evaluate` with an engine, problems and a grader that exist already; news carries `accuracy_SPLIT`."""
+    prompts = {problem.id: prompt_of(model, problem, sampling.max_tokens) for problem in problems}
     answers: list[Answer] = []
     grades: list[Grade] = []
     for start in range(0, len(problems), CHUNK):
         chunk = problems[start : start + CHUNK]
         requests = [
             GroupRequest(
-                prompt_ids=model.prompt_ids(problem.messages),
+                prompt_ids=prompts[problem.id],
                 keys=(derive_key(seed, "evaluate", problem.id),),
                 sampling=sampling,
             )
@@ -95,24 +104,26 @@ def evaluate_with(
         ]
         answers += new
         grades += grade(new)
-        right = sum(g.right for g in grades)
-        news = {f"accuracy_{split}": right / len(answers)}
+        known = [g.right for g in grades if g.known]
+        news = {f"accuracy_{split}": sum(known) / len(known)} if known else {}
         listener(Progress(stage=stage, done=len(answers), total=len(problems), metrics=news))
     return summary(answers, grades)
 
 
 def summary(answers: Sequence[Answer], grades: Sequence[Grade]) -> Evaluation:
-    """Accuracy among the known grades."""
+    """Accuracy among the known grades.  Raises TaskError where there is none."""
     known = [g for g in grades if g.known]
+    if not known:
+        raise TaskError(f"the verifier graded none of {len(grades)} answers: mend the task ({grades[-1].error})")
     right = sum(g.right for g in known)
-    low, high = wilson(right, len(known)) if known else (0.0, 1.0)
+    low, high = wilson(right, len(known))
     return Evaluation(
-        accuracy=right / len(known) if known else math.nan,
+        accuracy=right / len(known),
         low=low,
         high=high,
         n=len(known),
         unknown=len(grades) - len(known),
-        ended=sum(a.stop == "eos" for a in answers) / max(len(answers), 1),
+        ended=sum(a.stop == "eos" for a in answers) / len(answers),
         answers=tuple(answers),
         grades=tuple(grades),
     )

@@ -73,11 +73,12 @@ def train_step(trainer: Trainer, step: int) -> StepRecord:
     recipe, method, began = trainer.recipe, trainer.recipe.method, time.perf_counter()
     trainer.phase("sample")
     weights = trainer.weights()
+    dropped = trainer.watch.dropped
     groups, chosen = gather(trainer, step, weights)
     refuse_stale(groups, weights)
     sampled = time.perf_counter()
     trained = [(group, samples_of(trainer, group, number)) for number, group in enumerate(chosen)]
-    metrics = describe_rollouts(groups, chosen)
+    metrics = describe_rollouts(groups, chosen) | {"groups_dropped": float(trainer.watch.dropped - dropped)}
     if trained:
         metrics |= learn(trainer, [samples for _, samples in trained])
     metrics["no_signal"] = sum(without_contrast(g.rewards) for g in groups if len(g.rewards) > 1) / max(len(groups), 1)

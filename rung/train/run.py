@@ -23,6 +23,7 @@ from rung.core.words import Message
 from rung.lm.weights.sources import absolute_source
 from rung.tasks.base import Split, problems
 from rung.tasks.load import absolute, load_task, source_hash
+from rung.train.checks import check_problems
 from rung.train.config import GroupRL
 from rung.train.estimate import refuse_too_large
 from rung.train.evaluate import Evaluation, evaluate_with
@@ -61,7 +62,7 @@ def train(
             )
         return resume(folder, listener=listener)
     use_threads(recipe.threads)
-    load_task(recipe.task.name, recipe.task.options)
+    check_problems(recipe, load_task(recipe.task.name, recipe.task.options), listener)
     refuse_too_large(recipe, listener)
     return _go(create(folder, recipe, _place(recipe)), recipe, listener)
 

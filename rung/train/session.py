@@ -181,10 +181,11 @@ def self_test(session: Session, listener: Listener) -> None:
     """
     listener(Progress(stage="self_test", total=1))
     problem = draw(session.task, 1, seed=session.recipe.seed, step=0)[0]
+    tokens = min(SELF_TEST_TOKENS, session.recipe.max_tokens)  # there is room for no more
     request = GroupRequest(
         prompt_ids=session.model.prompt_ids(problem.messages),
         keys=tuple(derive_key(session.recipe.seed, "self_test", number) for number in range(8)),
-        sampling=Sampling(max_tokens=SELF_TEST_TOKENS, temperature=session.recipe.temperature),
+        sampling=Sampling(max_tokens=tokens, temperature=session.recipe.temperature),
     )
 
     def logps() -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
@@ -192,7 +193,7 @@ def self_test(session: Session, listener: Listener) -> None:
         return [(completion.token_ids, completion.logp_raw) for completion in completions]
 
     weight = next(p for name, p in session.learner.compute.items() if name.endswith("qkv.weight"))
-    for _ in range(-(-PACK_AFTER // SELF_TEST_TOKENS)):  # until what the sampler keeps of the weights is in use
+    for _ in range(-(-PACK_AFTER // tokens)):  # until what the sampler keeps of the weights is in use
         logps()
     kept, before = weight.detach().clone(), logps()
     weight.mul_(1.05)

@@ -96,6 +96,7 @@ def test_a_text_and_an_accuracy_come_out_of_a_folder(typed):
         (["generate", "smollm2-135", "hi"], 1, "Did you mean 'smollm2-135m'?"),
         (["generate", "empty", "hi"], 1, "empty"),
         (["generate", "model", "long " * 200], 1, "256"),  # the context
+        (["eval", "model", "letters.py:reward", "--problems", "0"], 2, "problems must be at least 1, not 0"),
         (["resume", "nowhere"], 1, "nowhere is not a run folder"),
         (["train", "recipe.json", "--name", "x", "--num-steps", "0"], 2, "num_steps must be at least 1, not 0"),
         (["train", "recipe.json", "--name", "x", "--top-k", "5"], 2, "top_k = 5 is refused in RL"),

@@ -150,6 +150,15 @@ def test_metrics_that_are_missing_are_named_not_drawn(tmp_path):
     assert parsed.tags.count("svg") == 1
 
 
+def test_dropped_groups_are_counted_where_there_are_any(tmp_path):
+    for number, dropped in enumerate(([0, 0], [2, 1])):
+        run = create(tmp_path / str(number), RECIPE, {})
+        rows = [{"kind": "train", "step": i + 1, "reward": 0.5, "groups_dropped": n} for i, n in enumerate(dropped)]
+        run.append("metrics", rows)
+        assert ("groups dropped, too few grades" in read(run).text) == any(dropped)
+    assert "groups dropped, too few grades 3" in read(run).text or "3 groups dropped" in read(run).text
+
+
 def test_problems_that_became_wrong_are_counted_and_shown(tmp_path):
     run = create(tmp_path / "run", RECIPE, {})
     run.append("evals", [*answers(0, 8, 10), *answers(60, 5, 10)])  # 5 stay right, 3 become wrong, 2 stay wrong

@@ -1,0 +1,125 @@
+"""What a run and an evaluation ask of a task before they begin, and what becomes of grades that are unknown."""
+
+import pytest
+from train.tiny import tiny_folder, tiny_recipe
+
+import rung
+from rung.core.errors import ConfigError, TaskError
+from rung.core.rundir import open_run
+from rung.core.words import Message
+from rung.train.config import TaskSpec
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_folder(tmp_path_factory.mktemp("tiny") / "model")
+
+
+def listed(path, rows, reward="1.0"):
+    """A task file with these problems."""
+    path.write_text(f"problems = {rows!r}\ndef reward(problem, text): return {reward}\n")
+    return TaskSpec(name=f"{path}:reward")
+
+
+PARTS = [{"prompt": f"{part} {n}", "split": part} for part in ("train", "validation", "held_out") for n in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("train", "no train problem among its 8"),
+        ("validation", "no validation problem among its 8: .* eval_every = 3 asks validation problems: set it to 0"),
+        ("held_out", "no held_out problem among its 8"),
+    ],
+)
+def test_a_part_that_the_run_will_ask_and_that_is_empty_is_refused_before_anything_is_made(
+    folder, tmp_path, part, message
+):
+    task = listed(tmp_path / "parts.py", [row for row in PARTS if row["split"] != part])
+    with pytest.raises(TaskError, match=message):
+        rung.train(tiny_recipe(folder, task=task), folder=tmp_path / "run")
+    with pytest.raises(TaskError, match=message):
+        rung.estimate(tiny_recipe(folder, task=task))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("eval_every", [0, 2])
+def test_a_run_that_asks_no_validation_problem_needs_none(folder, tmp_path, eval_every):
+    task = listed(tmp_path / "parts.py", [row for row in PARTS if row["split"] != "validation"])
+    recipe = tiny_recipe(folder, task=task, eval_every=eval_every, num_steps=2)
+    assert rung.train(recipe, folder=tmp_path / "run").summary["steps"] == 2
+
+
+def test_a_listed_problem_that_is_too_long_is_refused_by_its_words_before_anything_is_made(folder, tmp_path):
+    """The tiny model has 256 positions, a byte takes one."""
+    rows = [{"prompt": f"short {n}"} for n in range(40)]
+    long = {"prompt": "long " * 60, "split": "train"}
+    recipe = tiny_recipe(folder, task=listed(tmp_path / "long.py", [*rows, long]))
+    with pytest.raises(
+        TaskError, match=r"must fit the model's 256 positions, and 'long long .*' takes 3\d\d tokens, with 5"
+    ):
+        rung.train(recipe, folder=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_evaluation_takes_a_name_and_refuses_what_is_too_long_or_none_at_all(folder, tmp_path):
+    model = rung.load(folder)
+    assert rung.evaluate(model, "arithmetic", problems=2).n == 2
+    task = listed(tmp_path / "long.py", [{"prompt": f"{n} " + "long " * 60} for n in range(40)])
+    with pytest.raises(TaskError, match="must fit the model's 256 positions"):
+        rung.evaluate(model, task.name)
+    fits = model.decoder.config.max_positions - len(model.prompt_ids([Message("user", "short")]))
+    task = listed(tmp_path / "edge.py", [{"prompt": "short", "split": "held_out"}])
+    assert rung.evaluate(model, task, max_tokens=fits).n == 1
+    with pytest.raises(TaskError, match="must fit the model's 256 positions, and 'short' takes"):
+        rung.evaluate(model, task, max_tokens=fits + 1)
+    with pytest.raises(ConfigError, match="problems must be at least 1, not 0"):
+        rung.evaluate(model, "arithmetic", problems=0)
+
+
+def test_an_evaluation_divides_by_the_known_grades_and_fails_where_there_is_none(folder, tmp_path):
+    rows = [{"prompt": f"{n}", "answer": "y", "split": "held_out"} for n in range(4)]
+    header, model, news = "__import__('rung.core.words').core.words.unknown('asleep')", rung.load(folder), []
+    some = listed(tmp_path / "some.py", rows, f"{header} if problem.messages[0].content < '2' else 1.0")
+    found = rung.evaluate(model, some, listener=news.append)
+    assert (found.accuracy, found.n, found.unknown) == (1.0, 2, 2)
+    assert news[-1].metrics["accuracy_held_out"] == 1.0
+    with pytest.raises(TaskError, match=r"the verifier graded none of 4 answers: mend the task \(asleep\)"):
+        rung.evaluate(model, listed(tmp_path / "none.py", rows, header))
+
+
+PARTLY = """
+import itertools
+from rung.core.words import unknown
+
+problems = [{"prompt": f"{n}", "answer": "y", "split": "train" if n < 4 else "held_out"} for n in range(6)]
+asked = itertools.count()  # the order in which answers come
+
+def reward(problem, text):
+    number = int(problem.messages[0].content)
+    lost = {0: 3, 1: 2}.get(number, 0)  # of 4 samples
+    turn = next(asked) % 4
+    return unknown("asleep") if turn < lost and number < 4 else float(turn + number)
+"""
+
+
+def test_a_group_with_fewer_than_two_known_grades_is_not_trained_on_and_unknown_samples_never_are(folder, tmp_path):
+    """All four training problems are asked: of 4 grades, problem 0 has 1 known, problem 1 has 2, the others 4."""
+    (tmp_path / "partly.py").write_text(PARTLY)
+    recipe = tiny_recipe(
+        folder, task=TaskSpec(name=f"{tmp_path / 'partly.py'}:reward"), num_steps=2, eval_every=0, eval_problems=4
+    )
+    run = open_run(rung.train(recipe, folder=tmp_path / "run").folder)
+    steps = [r for r in run.read("metrics") if r["kind"] == "train"]
+    assert [(m["groups"], m["groups_trained"], m["groups_dropped"]) for m in steps] == [(4, 3, 1)] * 2
+    assert [m["unknown"] for m in steps] == [5 / 16] * 2
+    groups = {}
+    for sample in run.read("samples")[:16]:
+        groups.setdefault(int(sample["prompt"].split()[-1]), []).append(sample)
+    assert {number: [s["known"] for s in group].count(True) for number, group in groups.items()} == {0: 1, 1: 2, 2: 4, 3: 4}  # fmt: skip  # noqa: E501
+    assert [s["advantage"] for s in groups[0]] == [None] * 4
+    for number in (1, 2, 3):
+        known = [s for s in groups[number] if s["known"]]
+        baseline = sum(s["score"] for s in known) / len(known)  # of the known alone
+        assert [s["advantage"] for s in known] == pytest.approx([s["score"] - baseline for s in known])
+        assert all(s["advantage"] is None for s in groups[number] if not s["known"])
