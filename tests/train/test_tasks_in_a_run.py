@@ -1,5 +1,7 @@
 """What a run and an evaluation ask of a task before they begin, and what becomes of grades that are unknown."""
 
+from dataclasses import replace
+
 import pytest
 from train.tiny import tiny_folder, tiny_recipe
 
@@ -60,6 +62,14 @@ def test_a_listed_problem_that_is_too_long_is_refused_by_its_words_before_anythi
     ):
         rung.train(recipe, folder=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_problems_that_just_fit_are_trained_on(folder, tmp_path):
+    """The self-test at the start asks for no more room than the run does."""
+    model, recipe = rung.load(folder), tiny_recipe(folder, num_steps=1, eval_every=0)
+    room = model.decoder.config.max_positions - recipe.max_tokens - len(model.prompt_ids([Message("user", "")]))
+    task = listed(tmp_path / "edge.py", [{"prompt": f"{n:0{room}d}"} for n in range(20)])
+    assert rung.train(replace(recipe, task=task), folder=tmp_path / "run").summary["steps"] == 1
 
 
 def test_an_evaluation_takes_a_name_and_refuses_what_is_too_long_or_none_at_all(folder, tmp_path):
