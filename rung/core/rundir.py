@@ -25,7 +25,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -93,10 +93,14 @@ class RunDir:
         """Remove the records whose "step" is `step` or later, all at once.  Returns how many were removed.
 
         Grades have no place here: they are replayed on resume.  Every record of a log that is cut has a "step"."""
-        late = sum(record["step"] >= step for _, record in self._records(name))
-        if late:
-            write_atomic(self._log(name), (line for line, record in self._records(name) if record["step"] < step))
-        return late
+        return self.drop(name, lambda record: record["step"] >= step)
+
+    def drop(self, name: Literal["metrics", "samples", "evals"], unwanted: Callable[[Mapping[str, Any]], bool]) -> int:
+        """Remove the records that are unwanted, all at once.  Returns how many were removed."""
+        number = sum(unwanted(record) for _, record in self._records(name))
+        if number:
+            write_atomic(self._log(name), (line for line, record in self._records(name) if not unwanted(record)))
+        return number
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

@@ -102,22 +102,34 @@ def _go(run: RunDir, recipe: GroupRL, listener: Listener) -> Run:
         start = checkpoint.step if checkpoint else 0
         for warning in checkpoint.warnings if checkpoint else ():
             listener(Progress(stage="notice", text=warning))
-        for log in ("metrics", "samples", "evals"):
-            run.cut(log, start + 1 if checkpoint else 0)
+        _cut_back(run, recipe, start, begun=checkpoint is not None)
         with PhaseLog(run) as phase, open_session(recipe, run, start + 1, phase, listener) as session:
             base = fingerprint(session.learner.compute)
             if checkpoint:
                 _restore(session, checkpoint, base, listener)
             self_test(session, listener)
             if not checkpoint:
+                phase("baseline")
                 _evaluate(run, session, 0, "held_out", recipe.eval_problems, "baseline", listener)
             _steps(run, session, start, base, phase, listener)
-            _evaluate(run, session, recipe.num_steps, "held_out", recipe.eval_problems, "evaluate", listener)
-            if not (run.folder / "model").exists():
+            if not (run.folder / "model").exists():  # it is written last of all
+                phase.step = recipe.num_steps
+                phase("evaluate")
+                _evaluate(run, session, recipe.num_steps, "held_out", recipe.eval_problems, "evaluate", listener)
+                phase("model")
                 session.model.save(run.folder / "model", weights=session.learner.masters)
         finished = _summary(run, recipe)
         assert finished is not None, "a run that came to its end has a first and a last evaluation"
         return Run(folder=run.folder, summary=finished)
+
+
+def _cut_back(run: RunDir, recipe: GroupRL, start: int, *, begun: bool) -> None:
+    """Remove what was recorded after the checkpoint, the last evaluation too where no model was written after it."""
+    for log in ("metrics", "samples", "evals"):
+        run.cut(log, start + 1 if begun else 0)
+    if not (run.folder / "model").exists():
+        for log in ("metrics", "evals"):
+            run.drop(log, lambda r: r["step"] == recipe.num_steps and r.get("split") == "held_out")
 
 
 def _steps(run: RunDir, session: Session, start: int, base: str, phase: PhaseLog, listener: Listener) -> None:

@@ -209,6 +209,7 @@ class FakeTrain:
                 raise self.error
             run.append("metrics", [{"kind": "train", "step": s, "reward": 0.5} for s in range(1, recipe.num_steps + 1)])
             run.append("metrics", [eval_row(recipe.num_steps, 40, 50)])
+            (folder / "model").mkdir()
         listener(Progress(stage="evaluate", done=50, total=50, metrics={"accuracy_held_out": 0.8}))
 
 
@@ -220,6 +221,7 @@ def test_train_is_one_call_and_tells_result_and_report_on_stdout(here, capsys, m
     assert fake.asked == [(load_recipe("mine.py:mine"), "runs/mine", True)]
     assert out.splitlines() == [
         "mine: finished: 7 steps; held-out accuracy 10.0% → 80.0% (95 % interval 67.0% to 88.8%, 50 problems)",
+        "model:  runs/mine/model",
         "report: runs/mine/report.html",
     ]
     assert "training 1/7  reward 0.5" in err

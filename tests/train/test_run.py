@@ -18,7 +18,9 @@ from rung.core.words import Grade, Problem
 from rung.engine.engine import Engine
 from rung.engine.types import WeightsRef
 from rung.lm import linear
+from rung.lm.weights import hf
 from rung.report import page
+from rung.report.load import read_run
 from rung.train import run as runs
 from rung.train import session as sessions
 from rung.train.config import METHODS, Method, Optim, TaskSpec
@@ -148,6 +150,29 @@ def test_what_was_recorded_after_the_checkpoint_is_cut_and_its_grades_are_replay
     assert len(asked) == 5, "the answers of the last evaluation alone: those of steps 5 and 6 were graded before"
     assert weights_of(run.folder) == weights_of(whole.folder)
     assert (run.folder / "samples.jsonl").read_bytes() == (whole.folder / "samples.jsonl").read_bytes()
+
+
+def test_a_run_that_dies_while_its_model_is_written_is_not_finished_and_measures_anew(
+    whole, folder, tmp_path, monkeypatch
+):
+    """The last evaluation is on disk by then, and the checkpoint before it is of the same step."""
+
+    def dies(*rest):
+        raise MemoryError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hf, "write_shard", dies)
+        with pytest.raises(MemoryError):
+            rung.train(tiny_recipe(folder), folder=tmp_path / "run")
+    assert (tmp_path / "run" / "evals.jsonl").read_bytes() == (whole.folder / "evals.jsonl").read_bytes()
+    assert not read_run(tmp_path / "run").finished
+    run = rung.resume(tmp_path / "run")
+    assert weights_of(run.folder) == weights_of(whole.folder)
+    for name in ("samples.jsonl", "evals.jsonl"):
+        assert (run.folder / name).read_bytes() == (whole.folder / name).read_bytes()
+    kinds = [[(m["kind"], m["step"]) for m in open_run(r.folder).read("metrics")] for r in (run, whole)]
+    assert kinds[0] == kinds[1]
+    assert read_run(run.folder).finished
 
 
 def test_a_finished_run_is_handed_back_untouched(whole, folder):
