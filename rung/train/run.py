@@ -14,7 +14,7 @@ from typing import Any
 
 from rung.core.checkpoint import Checkpoint, load_newest, save
 from rung.core.config import diff
-from rung.core.environment import environment
+from rung.core.environment import LIBRARIES, environment
 from rung.core.errors import RunError
 from rung.core.progress import Listener, Progress, silent
 from rung.core.records import Sampling
@@ -29,7 +29,10 @@ from rung.train.evaluate import Evaluation, evaluate_with
 from rung.train.grpo import GAP_ALARM, StepRecord, train_step
 from rung.train.session import PhaseLog, Session, check_recipe, fingerprint, open_session, self_test, use_threads
 
-SAME_PLACE = ("noise_law", "torch", "torch_build", "cpu", "capability", "threads", "gpu", "task_source")
+SAME_PLACE = (
+    *("rung", "noise_law", "torch", "torch_build", *LIBRARIES),
+    *("cpu", "capability", "threads", "gpu", "task_source"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +72,8 @@ def train(
 def resume(folder: str | Path, *, listener: Listener = silent, allow_changed: bool = False) -> Run:
     """Go on with a run, bit for bit; a finished one is handed back as it is.
 
-    Raises RunError on another machine, thread count or build of torch, unless `allow_changed`.
+    Raises RunError on another machine, thread count or version (of Rung, torch and what else makes tokens), or for an
+    edited task file, unless `allow_changed`.
     """
     run = open_run(folder)
     recipe = run.config(GroupRL)

@@ -13,7 +13,7 @@ import rung
 from rung.core.errors import ConfigError, RunError, RungError, TaskError
 from rung.core.keys import derive_key
 from rung.core.records import Completion, GroupRequest, Sampling
-from rung.core.rundir import open_run
+from rung.core.rundir import create, open_run
 from rung.core.words import Grade, Problem
 from rung.engine.engine import Engine
 from rung.engine.types import WeightsRef
@@ -204,6 +204,14 @@ def test_another_machine_is_refused_unless_allowed(folder, tmp_path):
     assert rung.resume(tmp_path / "run").summary["steps"] == 6, "the new machine is the run's own"
     place.write_text(json.dumps(now | {"threads": 7}))
     assert rung.resume(tmp_path / "run").summary["steps"] == 6, "a finished run is handed back anywhere"
+
+
+@pytest.mark.parametrize("name", ["rung", "torch", "numba", "llvmlite", "tokenizers"])
+def test_another_version_of_what_makes_tokens_is_refused(whole, folder, tmp_path, name):
+    """A bf16 token is the work of Numba's compiler, and a prompt that of the tokenizer."""
+    run = create(tmp_path / "run", tiny_recipe(folder), open_run(whole.folder).environment() | {name: "0.0.1"})
+    with pytest.raises(RunError, match=rf"{name} was '0\.0\.1', is "):
+        rung.resume(run.folder)
 
 
 def test_a_task_file_that_was_edited_is_refused_unless_allowed(folder, tmp_path):
