@@ -90,9 +90,7 @@ def resume(folder: str | Path, *, listener: Listener = silent, allow_changed: bo
             f"{run.folder} cannot be continued bit for bit here: {'; '.join(changed)}. "
             "Resume it where it ran, or pass --allow-changed to go on all the same."
         )
-    if changed:
-        run.move(now)
-    return _go(run, recipe, listener)
+    return _go(run, recipe, listener, moved=now if changed else None)
 
 
 def _place(recipe: GroupRL) -> dict[str, Any]:
@@ -100,8 +98,10 @@ def _place(recipe: GroupRL) -> dict[str, Any]:
     return environment() | {"task_source": source_hash(recipe.task.name)}
 
 
-def _go(run: RunDir, recipe: GroupRL, listener: Listener) -> Run:
+def _go(run: RunDir, recipe: GroupRL, listener: Listener, moved: Mapping[str, Any] | None = None) -> Run:
     with run.lock():
+        if moved is not None:
+            run.move(moved)
         checkpoint = load_newest(run.checkpoints)
         start = checkpoint.step if checkpoint else 0
         for warning in checkpoint.warnings if checkpoint else ():

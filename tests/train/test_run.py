@@ -206,6 +206,13 @@ def test_another_machine_is_refused_unless_allowed(folder, tmp_path):
     assert rung.resume(tmp_path / "run").summary["steps"] == 6, "a finished run is handed back anywhere"
 
 
+def test_a_run_that_is_going_keeps_the_record_of_where_it_goes(whole, folder, tmp_path):
+    run = create(tmp_path / "run", tiny_recipe(folder), open_run(whole.folder).environment() | {"threads": 7})
+    with run.lock(), pytest.raises(RunError, match="is in use by process"):
+        rung.resume(run.folder, allow_changed=True)
+    assert run.environment()["threads"] == 7
+
+
 @pytest.mark.parametrize("name", ["rung", "torch", "numba", "llvmlite", "tokenizers"])
 def test_another_version_of_what_makes_tokens_is_refused(whole, folder, tmp_path, name):
     """A bf16 token is the work of Numba's compiler, and a prompt that of the tokenizer."""
