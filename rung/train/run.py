@@ -137,8 +137,7 @@ def _cut_back(run: RunDir, recipe: GroupRL, start: int, *, begun: bool) -> None:
 
 
 def _steps(run: RunDir, session: Session, start: int, base: str, phase: PhaseLog, listener: Listener) -> None:
-    recipe, saved = session.recipe, start
-    began, score = time.perf_counter(), None
+    recipe, began = session.recipe, time.perf_counter()
     for step in range(start + 1, recipe.num_steps + 1):
         phase.step = step
         record = train_step(session.trainer, step)
@@ -146,24 +145,25 @@ def _steps(run: RunDir, session: Session, start: int, base: str, phase: PhaseLog
         phase("record")
         run.append("samples", _sample_records(step, record, session))
         run.append("metrics", [{"kind": "train", "step": step} | metrics])
-        if metrics.get("gap_mean", 0.0) > GAP_ALARM:
-            text = f"step {step}: sampler and learner disagree by {metrics['gap_mean']:.3f} nats a token on average"
-            listener(Progress(stage="notice", text=text))
+        score = None
         if recipe.eval_every and step % recipe.eval_every == 0 and step < recipe.num_steps:
             phase("evaluate")
             score = _evaluate(
                 run, session, step, "validation", recipe.validation_problems, "evaluate", listener
             ).accuracy
-        if step % recipe.checkpoint_every == 0 or step == recipe.num_steps:
+        saved = score is not None or step % recipe.checkpoint_every == 0 or step == recipe.num_steps
+        if saved:  # what was measured is saved with its score, so that the best can be kept
             _save(run, session, step, base, score, phase, listener)
-            saved, score = step, None
         left = (time.perf_counter() - began) / (step - start) * (recipe.num_steps - step)
         rate = metrics["tokens"] / max(metrics["seconds"], 1e-9)
         news = metrics | {"tokens_per_second": rate}
         try:
+            if metrics.get("gap_mean", 0.0) > GAP_ALARM:
+                text = f"step {step}: sampler and learner disagree by {metrics['gap_mean']:.3f} nats a token on average"
+                listener(Progress(stage="notice", text=text))
             listener(Progress(stage="train", done=step, total=recipe.num_steps, metrics=news, seconds_left=left))
         except KeyboardInterrupt:
-            if saved != step:
+            if not saved:
                 _save(run, session, step, base, None, phase, silent)
             raise
 

@@ -127,6 +127,28 @@ def test_an_interrupted_run_goes_on_bit_for_bit(whole, folder, tmp_path, step):
     assert (run.folder / "evals.jsonl").read_bytes() == (whole.folder / "evals.jsonl").read_bytes()
 
 
+def test_a_measured_step_is_saved_with_its_own_score_however_checkpoints_fall(whole, folder, tmp_path):
+    """Checkpoints fall on steps 2, 4 and 6, the measurement on step 3."""
+    scores = scores_of(whole.folder)
+    (measured,) = (m["accuracy"] for m in open_run(whole.folder).read("metrics") if m.get("split") == "validation")
+    assert scores == {3: measured, 4: None, 6: None}
+    with pytest.raises(KeyboardInterrupt):
+        rung.train(tiny_recipe(folder), folder=tmp_path / "run", listener=stop_after(3))
+    assert scores_of(tmp_path / "run") == {2: None, 3: measured}
+
+
+def scores_of(run_folder: Path) -> dict:
+    manifests = [json.loads(path.read_text()) for path in (run_folder / "checkpoints").glob("*/manifest.json")]
+    return {manifest["step"]: manifest["score"] for manifest in manifests}
+
+
+def test_ctrl_c_during_a_notice_of_a_step_saves_the_step(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "GAP_ALARM", -1.0)
+    with pytest.raises(KeyboardInterrupt):
+        rung.train(tiny_recipe(folder), folder=tmp_path / "run", listener=stop_after(0, "notice"))
+    assert set(scores_of(tmp_path / "run")) == {1}
+
+
 def test_what_was_recorded_after_the_checkpoint_is_cut_and_its_grades_are_replayed(
     whole, folder, tmp_path, monkeypatch
 ):
