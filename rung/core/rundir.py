@@ -194,7 +194,10 @@ def open_run(folder: str | Path) -> RunDir:
 
 
 def write_atomic(path: Path, data: bytes | Iterable[bytes]) -> None:
-    """Write a file (whole or in parts) aside, bring it to the disk, rename it: readers see old or new, never half."""
+    """Write a file (whole or in parts) aside, bring it to the disk, rename it: readers see old or new, never half.
+
+    Raises RunError where that fails.
+    """
     aside = path.with_name(f".tmp-{path.name}")
     try:
         with open(aside, "wb") as file:
@@ -203,6 +206,8 @@ def write_atomic(path: Path, data: bytes | Iterable[bytes]) -> None:
             os.fsync(file.fileno())
         os.replace(aside, path)
         fsync_folder(path.parent)
+    except OSError as error:
+        raise RunError(f"{path} could not be written ({error.strerror or error}): make room there") from error
     finally:
         aside.unlink(missing_ok=True)
 

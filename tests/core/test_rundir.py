@@ -158,7 +158,7 @@ def test_replacing_a_file_leaves_the_old_one_where_the_new_one_fails(tmp_path):
         yield b"new"
         raise OSError("disk")
 
-    with pytest.raises(OSError, match="disk"):
+    with pytest.raises(RunError, match=r"/a could not be written \(disk\): make room"):
         write_atomic(tmp_path / "a", parts())
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a", b"old")]
 
