@@ -6,6 +6,7 @@ Order within a step: sample, grade (grades go to disk), learn, record; then, whe
 steps after the checkpoint are cut on resume; grades are kept, and replayed.
 """
 
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from typing import Any
 from rung.core.checkpoint import Checkpoint, load_newest, save
 from rung.core.config import diff
 from rung.core.environment import LIBRARIES, environment
-from rung.core.errors import RunError
+from rung.core.errors import RunError, TaskError
 from rung.core.progress import Listener, Progress, silent
 from rung.core.records import Sampling
 from rung.core.rundir import RunDir, create, open_run
@@ -88,9 +89,14 @@ def resume(folder: str | Path, *, listener: Listener = silent, allow_changed: bo
     if changed and not allow_changed:
         raise RunError(
             f"{run.folder} cannot be continued bit for bit here: {'; '.join(changed)}. "
-            "Resume it where it ran, or pass --allow-changed to go on all the same."
+            f"Resume it where it ran; to go on all the same: `{_command(run)}`"
         )
     return _go(run, recipe, listener, moved=now if changed else None)
+
+
+def _command(run: RunDir) -> str:
+    """What goes on with a run although its task file or its place has changed."""
+    return f"rung resume {shlex.quote(str(run.folder))} --allow-changed"
 
 
 def _place(recipe: GroupRL) -> dict[str, Any]:
@@ -140,7 +146,11 @@ def _steps(run: RunDir, session: Session, start: int, base: str, phase: PhaseLog
     recipe, began = session.recipe, time.perf_counter()
     for step in range(start + 1, recipe.num_steps + 1):
         phase.step = step
-        record = train_step(session.trainer, step)
+        try:
+            record = train_step(session.trainer, step)
+        except TaskError as error:
+            session.journal.stop(step)
+            raise TaskError(f"{error}: `{_command(run)}`") from error
         metrics = record.metrics | session.rollouts.take_costs()
         phase("record")
         run.append("samples", _sample_records(step, record, session))

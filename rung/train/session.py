@@ -46,6 +46,7 @@ class Session:
     rollouts: LocalRollouts
     trainer: Trainer
     sampling: Sampling
+    journal: GradeJournal
 
 
 def check_recipe(recipe: GroupRL) -> None:
@@ -103,14 +104,14 @@ def open_session(recipe: GroupRL, run: RunDir, since: int, phase: "PhaseLog", li
         learner = Learner(parameters, recipe.optim, num_steps=updates, dtype=compute_dtype(recipe.dtype))
         reference = frozen_copy(model.decoder) if needs_reference(recipe.method) else None
         engine = Engine(model.decoder, slots=recipe.slots, max_positions=model.decoder.config.max_positions)
-        grade = JournalledGrades(grader, GradeJournal(run, since=since))
+        journal = GradeJournal(run, since=since)
         rollouts = LocalRollouts(
             model,
             engine,
             sampling=sampling,
             samples=recipe.samples_per_prompt,
             seed=recipe.seed,
-            grade=phase.around("grade", grade),
+            grade=phase.around("grade", JournalledGrades(grader, journal)),
         )
         trainer = Trainer(
             recipe=recipe,
@@ -133,6 +134,7 @@ def open_session(recipe: GroupRL, run: RunDir, since: int, phase: "PhaseLog", li
             rollouts=rollouts,
             trainer=trainer,
             sampling=sampling,
+            journal=journal,
         )
 
 

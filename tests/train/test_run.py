@@ -14,7 +14,7 @@ from rung.core.errors import ConfigError, RunError, RungError, TaskError
 from rung.core.keys import derive_key
 from rung.core.records import Completion, GroupRequest, Sampling
 from rung.core.rundir import create, open_run
-from rung.core.words import Grade, Problem
+from rung.core.words import Grade, Problem, unknown
 from rung.engine.engine import Engine
 from rung.engine.types import WeightsRef
 from rung.lm import linear
@@ -349,8 +349,37 @@ def reward(problem, text):
 def test_a_verifier_that_fails_stops_the_run_and_says_why(folder, tmp_path):
     (tmp_path / "broken.py").write_text(BROKEN_TASK)
     recipe = tiny_recipe(folder, task=TaskSpec(name=f"{tmp_path / 'broken.py'}:reward"))
-    with pytest.raises(TaskError, match="no licence"):
+    command = f"`rung resume {tmp_path / 'run'} --allow-changed`"
+    with pytest.raises(TaskError, match=rf"no licence.*Mend the task, then resume the run: {command}$"):
         rung.train(recipe, folder=tmp_path / "run")
+    (tmp_path / "broken.py").write_text(BROKEN_TASK.replace('raise OSError("no licence")', "return 0.5"))
+    with pytest.raises(RunError, match=rf"task_source was .* {command}$"):
+        rung.resume(tmp_path / "run")
+    run = rung.resume(tmp_path / "run", allow_changed=True)
+    assert all(sample["score"] == 0.5 for sample in open_run(run.folder).read("samples")), "it was not asked again"
+
+
+def test_a_verifier_that_was_slow_once_is_not_asked_again_after_a_kill(folder, tmp_path, monkeypatch):
+    """A grade of step 5, which is killed before it is saved, timed out: the step is repeated as it was."""
+    grade, batches = sessions.Grader.grade, []
+
+    def slow(self, answers):
+        batches.append(len(answers))
+        late = len(answers) == 16 and batches.count(16) == 5
+        return [unknown("slow")] * late + grade(self, answers)[late:]
+
+    def killed(news):
+        if news.stage == "train" and news.done == 5:
+            raise MemoryError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sessions.Grader, "grade", slow)
+        with pytest.raises(MemoryError):
+            rung.train(tiny_recipe(folder), folder=tmp_path / "run", listener=killed)
+    before = [sample for sample in open_run(tmp_path / "run").read("samples") if sample["step"] == 5]
+    assert [sample["known"] for sample in before].count(False) == 1
+    run = rung.resume(tmp_path / "run")
+    assert [sample for sample in open_run(run.folder).read("samples") if sample["step"] == 5] == before
 
 
 def drawn_samples(decoder, temperature):
