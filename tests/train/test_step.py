@@ -12,6 +12,7 @@ from rung.train.config import Method, Optim
 from rung.train.data import count, pack
 from rung.train.methods import build_objective
 from rung.train.policy import LanguagePolicy
+from rung.train.session import fingerprint
 from rung.train.step import Learner
 
 METHOD = Method(advantage="mean", denominator="tokens")
@@ -58,6 +59,26 @@ def test_a_step_is_plain_torch_on_the_whole_batch():
     assert result.grad_norm > 0.005, "clipping was not tried"
     for name, parameter in ours.named_parameters():
         torch.testing.assert_close(parameter, plain.get_parameter(name), atol=2e-6, rtol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(40, 24), (3, 2048), (7, 1), (1,), (0, 5)])
+def test_a_fingerprint_changes_with_any_value_with_the_order_of_rows_and_columns_and_with_names(dtype, shape):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    seen = {fingerprint({"a": weight}), fingerprint({"b": weight}), fingerprint({"a": weight, "b": weight})}
+    assert len(seen) == 3
+    assert fingerprint({"a": weight.clone()}) in seen
+    others = []
+    if weight.numel():
+        others += [weight.clone(), weight.clone()]
+        others[0].view(-1)[0] *= 1.01
+        others[1].view(-1)[-1] += 1
+    if weight.numel() > 1:
+        others += [weight.roll(1, dims=0), weight.flip(0)]
+    if weight.ndim == 2 and shape[1] > 1 and weight.numel():
+        others += [weight.roll(1, dims=1), weight.roll(8, dims=1)]
+    found = [fingerprint({"a": other}) for other in others]
+    assert len({*found, *seen}) == len(found) + 3
 
 
 def test_schedules_end_at_zero_and_are_half_way_in_the_middle():
