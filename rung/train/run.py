@@ -16,7 +16,7 @@ from typing import Any
 from rung.core.checkpoint import Checkpoint, load_newest, save
 from rung.core.config import diff
 from rung.core.environment import LIBRARIES, environment
-from rung.core.errors import RunError, TaskError
+from rung.core.errors import NonFiniteError, RunError, TaskError
 from rung.core.progress import Listener, Progress, silent
 from rung.core.records import Sampling
 from rung.core.rundir import RunDir, create, open_run
@@ -151,6 +151,10 @@ def _steps(run: RunDir, session: Session, start: int, base: str, phase: PhaseLog
         except TaskError as error:
             session.journal.stop(step)
             raise TaskError(f"{error}: `{_command(run)}`") from error
+        except NonFiniteError as error:
+            config = shlex.quote(str(run.folder / "config.json"))
+            again = f"`rung train {config} --name NEW --optim.lr {recipe.optim.lr / 2:g}`"
+            raise NonFiniteError(f"{error}: {again}") from error
         metrics = record.metrics | session.rollouts.take_costs()
         phase("record")
         run.append("samples", _sample_records(step, record, session))

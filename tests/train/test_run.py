@@ -10,7 +10,7 @@ import torch
 from train.tiny import tiny_decoder, tiny_folder, tiny_recipe
 
 import rung
-from rung.core.errors import ConfigError, RunError, RungError, TaskError
+from rung.core.errors import ConfigError, NonFiniteError, RunError, RungError, TaskError
 from rung.core.keys import derive_key
 from rung.core.records import Completion, GroupRequest, Sampling
 from rung.core.rundir import create, open_run
@@ -115,6 +115,32 @@ def test_the_report_finds_in_a_real_run_everything_that_it_reads(folder, tmp_pat
         ("evaluate", "accuracy_held_out"),
         ("evaluate", "accuracy_validation"),
     }
+
+
+KINDS = {
+    "bf16": {"dtype": "bf16"},
+    "a reference in the loss": {"method": Method(advantage="mean", kl="k3_loss", kl_coef=0.5)},
+    "dapo, with refills": {"method": replace(METHODS["dapo"], max_refills=2), "optim": Optim(lr=3e-3)},
+    "two updates a rollout": {"method": METHODS["grpo"], "updates_per_rollout": 2},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_of_any_kind_is_interrupted_and_goes_on_bit_for_bit(folder, tmp_path, kind):
+    """The steps of 3e-2 move the weights so far that a reference copied after restoring is another one."""
+    recipe = tiny_recipe(folder, **{"num_steps": 4, "eval_every": 0, "optim": Optim(lr=3e-2)} | KINDS[kind])
+    rung.train(recipe, folder=tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        rung.train(recipe, folder=tmp_path / "run", listener=stop_after(3))
+    rung.resume(tmp_path / "run")
+    assert weights_of(tmp_path / "run") == weights_of(tmp_path / "whole")
+    for name in ("samples.jsonl", "evals.jsonl"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    steps = [[m for m in open_run(tmp_path / r).read("metrics") if m["kind"] == "train"] for r in ("run", "whole")]
+    seconds = {name for m in steps[0] for name in m if name.startswith("seconds")}
+    assert [{**m, **dict.fromkeys(seconds)} for m in steps[0]] == [{**m, **dict.fromkeys(seconds)} for m in steps[1]]
+    if kind == "dapo, with refills":
+        assert steps[0][3]["refills"] == 1, "the step after the resume needed none"
 
 
 @pytest.mark.parametrize("step", [1, 2, 5])
@@ -432,6 +458,16 @@ def test_the_self_test_notices_blocks_of_a_weight_that_outlive_it(folder, tmp_pa
         pytest.skip("this processor multiplies no bf16: nothing is kept")
     with pytest.raises(RungError, match="self-test failed"):
         rung.train(replace(tiny_recipe(folder), dtype="bf16"), folder=tmp_path / "run")
+
+
+def test_a_refused_step_ends_the_run_with_the_command_of_another_one(folder, tmp_path, monkeypatch):
+    def bad(*rest, **options):
+        raise NonFiniteError("The loss is not finite")
+
+    monkeypatch.setattr(sessions.Learner, "step", bad)
+    config = tmp_path / "run" / "config.json"
+    with pytest.raises(NonFiniteError, match=rf"not finite: `rung train {config} --name NEW --optim.lr 0.0015`$"):
+        rung.train(tiny_recipe(folder), folder=tmp_path / "run")
 
 
 def test_samples_of_other_weights_are_refused():

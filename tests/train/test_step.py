@@ -143,6 +143,32 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_names_the_first_bad_tenso
             assert torch.equal(parameter, twin.get_parameter(name)), name
 
 
+def test_a_gradient_that_is_not_finite_changes_nothing_names_the_weight_and_says_how_to_go_on():
+    """The loss is finite: a square root at zero has a value, and no slope."""
+    decoder, samples = tiny_decoder(), made_samples(dtype=torch.float32)
+    learner = learner_of(decoder, Optim())
+    learn(decoder, learner, samples)
+    before, plain = weights(decoder), build_objective(METHOD)
+
+    def steep(policy, batch):
+        terms = dict(plain(policy, batch))
+        term = terms["policy"]
+        return terms | {"policy": replace(term, value=term.value + (term.value - term.value.detach()).abs().sqrt())}
+
+    with pytest.raises(NonFiniteError, match=r"gradient of '.*weight' is not finite.*nothing was changed.*optim\.lr"):
+        learner.step(batches_of(samples), LanguagePolicy(decoder), steep)
+    assert learner.num_updates == 1
+    for name, parameter in decoder.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+        assert parameter.grad is None
+    twin = tiny_decoder()
+    other = learner_of(twin, Optim())
+    learn(twin, other, samples), learn(twin, other, samples)
+    learn(decoder, learner, samples)
+    for name, parameter in decoder.named_parameters():
+        assert torch.equal(parameter, twin.get_parameter(name)), name
+
+
 def test_a_restored_learner_goes_on_bit_for_bit():
     samples = made_samples(dtype=torch.float32)
     a, b = tiny_decoder(), tiny_decoder(seed=9)
