@@ -23,7 +23,7 @@ from rung.core.rundir import RunDir, create, open_run
 from rung.core.words import Message
 from rung.lm.weights.sources import absolute_source
 from rung.tasks.base import Split, problems
-from rung.tasks.load import absolute, load_task, source_hash
+from rung.tasks.load import absolute, source_hash
 from rung.train.config import GroupRL
 from rung.train.estimate import refuse_too_large
 from rung.train.evaluate import Evaluation, evaluate_with
@@ -65,7 +65,6 @@ def train(
             )
         return resume(folder, listener=listener)
     use_threads(recipe.threads)
-    load_task(recipe.task.name, recipe.task.options)
     refuse_too_large(recipe, listener)
     return _go(create(folder, recipe, _place(recipe)), recipe, listener)
 
@@ -91,6 +90,7 @@ def resume(folder: str | Path, *, listener: Listener = silent, allow_changed: bo
             f"{run.folder} cannot be continued bit for bit here: {'; '.join(changed)}. "
             f"Resume it where it ran; to go on all the same: `{_command(run)}`"
         )
+    refuse_too_large(recipe, listener)
     return _go(run, recipe, listener, moved=now if changed else None)
 
 
@@ -137,8 +137,7 @@ def _cut_back(run: RunDir, recipe: GroupRL, start: int, *, begun: bool) -> None:
     """Remove what was recorded after the checkpoint, the last evaluation too where no model was written after it."""
     for log in ("metrics", "samples", "evals"):
         run.cut(log, start + 1 if begun else 0)
-    if not (run.folder / "model").exists():
-        for log in ("metrics", "evals"):
+        if not (run.folder / "model").exists():
             run.drop(log, lambda r: r["step"] == recipe.num_steps and r.get("split") == "held_out")
 
 
