@@ -79,4 +79,5 @@ def finished_run(folder: Path, steps: int = 60, recipe: GroupRL = RECIPE) -> Run
     run.append("metrics", [eval_row(steps // 3 * k, right, 128, "validation") for k, right in ((1, 62), (2, 117))])
     run.append("evals", [*answers(0, 1, 40), *answers(steps, 9, 40)])
     run.append("samples", samples(steps))
+    (run.folder / "model").mkdir()
     return run

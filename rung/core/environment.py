@@ -10,6 +10,9 @@ import torch
 from rung import __version__
 from rung.core.rng import NOISE_LAW
 
+# Beside torch, tokens depend on what compiles our kernels, and on what makes ids of a conversation.
+LIBRARIES = ("numba", "llvmlite", "tokenizers", "jinja2")
+
 
 def environment() -> dict[str, Any]:
     """Names and numbers of this machine and process, as they go into `environment.json`."""
@@ -20,7 +23,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "torch": torch.__version__,
         "torch_build": hashlib.blake2b(torch.__config__.show().encode(), digest_size=8).hexdigest(),
-        "numba": version("numba"),
+        **{name: version(name) for name in LIBRARIES},
         "cpu": _cpu_model(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),

@@ -2,7 +2,7 @@
 
     RungError (ValueError)
     ├── ConfigError        a name, option or value that cannot be used
-    ├── ModelError         a model folder, weight file or tokenizer that cannot be loaded
+    ├── ModelError         a model folder, weight file or tokenizer that cannot be loaded or written
     ├── RequestError       a request the engine cannot serve (too long, empty, ...)
     ├── TaskError          a task file, data set or verifier that failed
     ├── RunError           a run folder that cannot be opened, resumed or written
@@ -24,7 +24,7 @@ class ConfigError(RungError):
 
 
 class ModelError(RungError):
-    """A model folder, weight file or tokenizer that cannot be loaded."""
+    """A model folder, weight file or tokenizer that cannot be loaded or written."""
 
 
 class RequestError(RungError):

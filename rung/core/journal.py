@@ -1,8 +1,8 @@
 """The journal of grades: a verifier's clock must not change a resumed run, so what it said is read, not asked again.
 
 Grades, *unknown* ones too, are on disk before the step that uses them.  A grade belongs to the tokens it judged: a
-key with other tokens is not found, and the answer is graded again.  So are the unknown ones of the newest step: the
-verifier may have been mended since it stopped the run.
+key with other tokens is not found, and the answer is graded again.  Where the verifier stopped the run, the journal
+says so, and the unknown grades of that step are asked again: it may have been mended since.
 """
 
 import hashlib
@@ -30,11 +30,11 @@ class GradeJournal:
     def __init__(self, run: RunDir, since: int = 0):
         self._run = run
         self._known: dict[tuple[GradeKey, str], Grade] = {}
-        records = run.read("grades")
-        newest = max((record["step"] for record in records), default=0)
-        for record in records:
-            grade = decode(Grade, record["grade"])
-            if record["step"] >= since and (grade.known or record["step"] < newest):
+        for record in run.read("grades"):
+            if "stopped" in record:
+                self._forget(record["step"])
+            elif record["step"] >= since:
+                grade = decode(Grade, record["grade"])
                 key = decode(GradeKey, {name: record[name] for name in ("step", "problem", "draw", "sample")})
                 self._known[key, record["tokens"]] = grade
 
@@ -50,6 +50,14 @@ class GradeJournal:
             self._known[key, tokens] = grade
             records.append(asdict(key) | {"tokens": tokens, "grade": encode(grade)})
         self._run.append("grades", records)
+
+    def stop(self, step: int) -> None:
+        """The verifier stopped the run in `step`: what it left unknown there will be asked again."""
+        self._run.append("grades", [{"step": step, "stopped": True}])
+        self._forget(step)
+
+    def _forget(self, step: int) -> None:
+        self._known = {at: grade for at, grade in self._known.items() if grade.known or at[0].step != step}
 
 
 def fingerprint(token_ids: Sequence[int]) -> str:

@@ -25,7 +25,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -93,10 +93,14 @@ class RunDir:
         """Remove the records whose "step" is `step` or later, all at once.  Returns how many were removed.
 
         Grades have no place here: they are replayed on resume.  Every record of a log that is cut has a "step"."""
-        late = sum(record["step"] >= step for _, record in self._records(name))
-        if late:
-            write_atomic(self._log(name), (line for line, record in self._records(name) if record["step"] < step))
-        return late
+        return self.drop(name, lambda record: record["step"] >= step)
+
+    def drop(self, name: Literal["metrics", "samples", "evals"], unwanted: Callable[[Mapping[str, Any]], bool]) -> int:
+        """Remove the records that are unwanted, all at once.  Returns how many were removed."""
+        number = sum(unwanted(record) for _, record in self._records(name))
+        if number:
+            write_atomic(self._log(name), (line for line, record in self._records(name) if not unwanted(record)))
+        return number
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -190,7 +194,10 @@ def open_run(folder: str | Path) -> RunDir:
 
 
 def write_atomic(path: Path, data: bytes | Iterable[bytes]) -> None:
-    """Write a file (whole or in parts) aside, bring it to the disk, rename it: readers see old or new, never half."""
+    """Write a file (whole or in parts) aside, bring it to the disk, rename it: readers see old or new, never half.
+
+    Raises RunError where that fails.
+    """
     aside = path.with_name(f".tmp-{path.name}")
     try:
         with open(aside, "wb") as file:
@@ -199,6 +206,8 @@ def write_atomic(path: Path, data: bytes | Iterable[bytes]) -> None:
             os.fsync(file.fileno())
         os.replace(aside, path)
         fsync_folder(path.parent)
+    except OSError as error:
+        raise RunError(f"{path} could not be written ({error.strerror or error}): make room there") from error
     finally:
         aside.unlink(missing_ok=True)
 

@@ -82,9 +82,9 @@ class Record:
 
     @property
     def finished(self) -> bool:
-        """Whether the last step was taken, and measured where the run measures."""
+        """Whether the last step was taken, measured where the run measures, and its model written."""
         measured = [accuracy.step for accuracy in self.accuracies] or [self.num_steps]
-        return 0 < self.num_steps <= min(len(self.train), max(measured))
+        return 0 < self.num_steps <= min(len(self.train), max(measured)) and (self.folder / "model").is_dir()
 
     def points(self, name: str) -> list[tuple[float, float]]:
         """(step, value) of a training metric, where it is there and finite."""

@@ -18,7 +18,7 @@ LOOKED_AT = 64  # problems of a part, where the task makes them; a list is read 
 
 def check_problems(recipe: GroupRL, task: Task, listener: Listener = silent) -> None:
     """Raises TaskError for an empty part that the run will ask, and for a problem that is too long for the model."""
-    model = _without_weights(recipe, listener)
+    model = weightless(recipe, listener)
     parts: list[Split] = ["train", "held_out"]
     if 0 < recipe.eval_every < recipe.num_steps:
         parts.append("validation")
@@ -35,8 +35,8 @@ def check_problems(recipe: GroupRL, task: Task, listener: Listener = silent) -> 
             prompt_of(model, problem, recipe.max_tokens)
 
 
-def _without_weights(recipe: GroupRL, listener: Listener) -> Model:
-    """The recipe's model as far as its shape and its tokenizer go."""
+def weightless(recipe: GroupRL, listener: Listener) -> Model:
+    """The recipe's model as far as its shape and its tokenizer go; no tensor of it is read."""
     path = locate(recipe.model, listener)
     raw = read_json(path / "config.json")
     config = from_hugging_face(raw, where=str(path / "config.json"))

@@ -110,7 +110,7 @@ class GroupRL:
     dtype:           auto is bf16 where the machine multiplies it fast, else fp32
     eval_problems:   held-out problems answered greedily before the first step and after the last
     eval_every, validation_problems: steps between looks at a third set of problems; the best one's checkpoint is kept
-    checkpoint_every: steps between checkpoints
+    checkpoint_every: steps between checkpoints; a step whose validation problems were answered is saved too
     threads:         0 takes all cores
     top_k, top_p, min_p, repetition_penalty: refused unless neutral: the learner scores the whole softmax, and samples
                      of another law would make every update silently off-policy

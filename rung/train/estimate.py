@@ -8,31 +8,34 @@ limit and every group is learnt from: an upper end, two to three times what a ru
 
 import os
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from rung.core.errors import ConfigError
 from rung.core.progress import Listener, silent
+from rung.core.words import Problem
 from rung.engine.scheduler import prompt_slots
 from rung.lm.config import DecoderConfig
 from rung.lm.decoder import Decoder
-from rung.lm.weights.families import from_hugging_face
-from rung.lm.weights.files import read_json
-from rung.lm.weights.sources import locate
-from rung.model.model import compute_dtype, load
+from rung.model.model import Model, compute_dtype, load
 from rung.objectives.logprobs import CHUNK_ROWS
 from rung.tasks.base import draw
 from rung.tasks.load import load_task
-from rung.train.checks import check_problems
+from rung.train.checks import check_problems, weightless
 from rung.train.config import GroupRL
 from rung.train.methods import needs_reference
 from rung.train.session import check_recipe, use_threads
 
-PROMPT_GUESS = 64  # tokens of a prompt, where no tokenizer has been asked
-PROMPTS = 16  # that are looked at, where one is
+PROMPTS = 16  # whose tokens are counted
 LIBRARY = 450e6  # bytes: Python, torch and tokenizers, as measured on an idle process
 EFFICIENCY = 0.7  # share of the matrix product's rate that whole forward and backward passes reach
+CGROUP_FILES = {  # controllers in /proc/self/cgroup -> where their groups lie, and names in there; version 2, version 1
+    "": ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    "memory": ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
 RATE_SIZE, RATE_REPEATS = (512, 2048, 2048), 4
 
 
@@ -51,13 +54,12 @@ def estimate(recipe: GroupRL) -> Estimate:
     use_threads(recipe.threads)
     model = load(recipe.model, dtype=recipe.dtype)
     config = model.decoder.config
-    parts = memory(recipe, config)
+    check_problems(recipe, load_task(recipe.task.name, recipe.task.options))
+    lengths = prompt_lengths(model, _problems(recipe))
+    parts = memory(recipe, config, max(lengths))
     total = sum(parts.values())
-    task = load_task(recipe.task.name, recipe.task.options)
-    check_problems(recipe, task)
-    problems = draw(task, PROMPTS, seed=recipe.seed, step=1)
-    prompt = sum(len(model.prompt_ids(problem.messages)) for problem in problems) / len(problems)
-    seconds = duration(recipe, num_parameters(config), multiply_rate(compute_dtype(recipe.dtype)), prompt)
+    rate = multiply_rate(compute_dtype(recipe.dtype))
+    seconds = duration(recipe, num_parameters(config), rate, sum(lengths) / len(lengths))
     lines = [f"{name:<24}{size / 1e9:8.2f} GB" for name, size in parts.items()]
     lines += [f"{'in all':<24}{total / 1e9:8.2f} GB, of {available_memory() / 1e9:.1f} GB free"]
     lines += [f"{'time':<24}{seconds / 60:8.1f} min for {recipe.num_steps} steps, if every sample is as long as may be"]
@@ -65,19 +67,31 @@ def estimate(recipe: GroupRL) -> Estimate:
 
 
 def refuse_too_large(recipe: GroupRL, listener: Listener = silent) -> None:
-    """Raises ConfigError where the run cannot fit into this machine's memory."""
-    parts, free = memory(recipe, _config(recipe, listener)), available_memory()
+    """Raises ConfigError where the run cannot fit into the memory that this process may have."""
+    problems = _problems(recipe)  # a task that is none is refused before a model is fetched
+    model = weightless(recipe, listener)
+    parts = memory(recipe, model.decoder.config, max(prompt_lengths(model, problems)))
+    free = available_memory()
     if sum(parts.values()) > free:
         largest = max(parts, key=lambda name: parts[name])
         raise ConfigError(
             f"this run needs about {sum(parts.values()) / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; the largest "
-            f"part is {largest} with {parts[largest] / 1e9:.1f} GB. Lower tokens_per_micro_batch, slots or max_tokens, "
-            "or take a smaller model."
+            f"part is {largest} with {parts[largest] / 1e9:.1f} GB. Make memory free, lower "
+            "tokens_per_micro_batch, slots or max_tokens, or take a smaller model."
         )
 
 
-def memory(recipe: GroupRL, config: DecoderConfig) -> dict[str, float]:
-    """Bytes held at the peak of a step, by what holds them."""
+def _problems(recipe: GroupRL) -> list[Problem]:
+    return draw(load_task(recipe.task.name, recipe.task.options), PROMPTS, seed=recipe.seed, step=1)
+
+
+def prompt_lengths(model: Model, problems: Sequence[Problem]) -> list[int]:
+    """Tokens of each problem's prompt."""
+    return [len(model.prompt_ids(problem.messages)) for problem in problems]
+
+
+def memory(recipe: GroupRL, config: DecoderConfig, prompt: int) -> dict[str, float]:
+    """Bytes held at the peak of a step, by what holds them.  prompt: tokens of a long one."""
     weights, width = num_parameters(config), compute_dtype(recipe.dtype).itemsize
     parts = {
         "libraries": LIBRARY,
@@ -87,7 +101,7 @@ def memory(recipe: GroupRL, config: DecoderConfig) -> dict[str, float]:
         "AdamW moments": 8.0 * weights,
         "reference": float(width * weights) if needs_reference(recipe.method) else 0.0,
     }
-    rows = PROMPT_GUESS + recipe.max_tokens
+    rows = prompt + recipe.max_tokens
     per_row = sum(2 * block.mixer.kv_heads * block.mixer.head_dim for block in config.blocks) * width
     parts["key-value cache"] = float(_slots(recipe) * rows * per_row)
     parts["learner's logits"] = head_bytes(config, width)
@@ -139,21 +153,39 @@ def multiply_rate(dtype: torch.dtype) -> float:
     return 2.0 * rows * inner * columns * RATE_REPEATS / (time.perf_counter() - began)
 
 
-def _config(recipe: GroupRL, listener: Listener) -> DecoderConfig:
-    path = locate(recipe.model, listener) / "config.json"
-    return from_hugging_face(read_json(path), where=str(path))
-
-
 def num_parameters(config: DecoderConfig) -> int:
     """Number of weights, counted on a decoder that holds none."""
     return sum(p.numel() for p in Decoder(config, device="meta").parameters())
 
 
-def available_memory() -> float:
-    """Bytes that can still be had without swapping (Linux; elsewhere all that is installed)."""
+def available_memory(root: Path = Path("/")) -> float:
+    """Bytes that can still be had without swapping (Linux; elsewhere all that is installed): the machine's, or what
+    the nearest limit of a control group leaves, as a container has one."""
     try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return float(fields["MemAvailable"].split()[0]) * 1024
+        fields = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines())
+        free = float(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
-        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        free = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return min([free, *_rooms(root)])
+
+
+def _rooms(root: Path) -> Iterator[float]:
+    """What each control group around this process still allows; files that can be dropped are not counted as used."""
+    try:
+        own = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
+    except OSError:
+        return
+    for _, kinds, name in own:
+        if kinds not in CGROUP_FILES:
+            continue
+        top, limit, usage, droppable = CGROUP_FILES[kinds]
+        place = root / top / name.strip("/")
+        for folder in (place, *place.parents):  # in a container the name may be the host's, and only the top be there
+            if not folder.is_relative_to(root / top):
+                break
+            try:
+                used = int((folder / usage).read_text())
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                yield float((folder / limit).read_text()) - used + int(stat.get(droppable, 0))
+            except (OSError, ValueError):  # no such file, or no limit: "max"
+                continue

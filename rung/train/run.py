@@ -6,6 +6,7 @@ Order within a step: sample, grade (grades go to disk), learn, record; then, whe
 steps after the checkpoint are cut on resume; grades are kept, and replayed.
 """
 
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,8 +15,8 @@ from typing import Any
 
 from rung.core.checkpoint import Checkpoint, load_newest, save
 from rung.core.config import diff
-from rung.core.environment import environment
-from rung.core.errors import RunError
+from rung.core.environment import LIBRARIES, environment
+from rung.core.errors import NonFiniteError, RunError, TaskError
 from rung.core.progress import Listener, Progress, silent
 from rung.core.records import Sampling
 from rung.core.rundir import RunDir, create, open_run
@@ -30,7 +31,10 @@ from rung.train.evaluate import Evaluation, evaluate_with
 from rung.train.grpo import GAP_ALARM, StepRecord, train_step
 from rung.train.session import PhaseLog, Session, check_recipe, fingerprint, open_session, self_test, use_threads
 
-SAME_PLACE = ("noise_law", "torch", "torch_build", "cpu", "capability", "threads", "gpu", "task_source")
+SAME_PLACE = (
+    *("rung", "noise_law", "torch", "torch_build", *LIBRARIES),
+    *("cpu", "capability", "threads", "gpu", "task_source"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +74,8 @@ def train(
 def resume(folder: str | Path, *, listener: Listener = silent, allow_changed: bool = False) -> Run:
     """Go on with a run, bit for bit; a finished one is handed back as it is.
 
-    Raises RunError on another machine, thread count or build of torch, unless `allow_changed`.
+    Raises RunError on another machine, thread count or version (of Rung, torch and what else makes tokens), or for an
+    edited task file, unless `allow_changed`.
     """
     run = open_run(folder)
     recipe = run.config(GroupRL)
@@ -85,11 +90,15 @@ def resume(folder: str | Path, *, listener: Listener = silent, allow_changed: bo
     if changed and not allow_changed:
         raise RunError(
             f"{run.folder} cannot be continued bit for bit here: {'; '.join(changed)}. "
-            "Resume it where it ran, or pass --allow-changed to go on all the same."
+            f"Resume it where it ran; to go on all the same: `{_command(run)}`"
         )
-    if changed:
-        run.move(now)
-    return _go(run, recipe, listener)
+    refuse_too_large(recipe, listener)
+    return _go(run, recipe, listener, moved=now if changed else None)
+
+
+def _command(run: RunDir) -> str:
+    """What goes on with a run although its task file or its place has changed."""
+    return f"rung resume {shlex.quote(str(run.folder))} --allow-changed"
 
 
 def _place(recipe: GroupRL) -> dict[str, Any]:
@@ -97,58 +106,79 @@ def _place(recipe: GroupRL) -> dict[str, Any]:
     return environment() | {"task_source": source_hash(recipe.task.name)}
 
 
-def _go(run: RunDir, recipe: GroupRL, listener: Listener) -> Run:
+def _go(run: RunDir, recipe: GroupRL, listener: Listener, moved: Mapping[str, Any] | None = None) -> Run:
     with run.lock():
+        if moved is not None:
+            run.move(moved)
         checkpoint = load_newest(run.checkpoints)
         start = checkpoint.step if checkpoint else 0
         for warning in checkpoint.warnings if checkpoint else ():
             listener(Progress(stage="notice", text=warning))
-        for log in ("metrics", "samples", "evals"):
-            run.cut(log, start + 1 if checkpoint else 0)
+        _cut_back(run, recipe, start, begun=checkpoint is not None)
         with PhaseLog(run) as phase, open_session(recipe, run, start + 1, phase, listener) as session:
             base = fingerprint(session.learner.compute)
             if checkpoint:
                 _restore(session, checkpoint, base, listener)
             self_test(session, listener)
             if not checkpoint:
+                phase("baseline")
                 _evaluate(run, session, 0, "held_out", recipe.eval_problems, "baseline", listener)
             _steps(run, session, start, base, phase, listener)
-            _evaluate(run, session, recipe.num_steps, "held_out", recipe.eval_problems, "evaluate", listener)
-            if not (run.folder / "model").exists():
+            if not (run.folder / "model").exists():  # it is written last of all
+                phase.step = recipe.num_steps
+                phase("evaluate")
+                _evaluate(run, session, recipe.num_steps, "held_out", recipe.eval_problems, "evaluate", listener)
+                phase("model")
                 session.model.save(run.folder / "model", weights=session.learner.masters)
         finished = _summary(run, recipe)
         assert finished is not None, "a run that came to its end has a first and a last evaluation"
         return Run(folder=run.folder, summary=finished)
 
 
+def _cut_back(run: RunDir, recipe: GroupRL, start: int, *, begun: bool) -> None:
+    """Remove what was recorded after the checkpoint, the last evaluation too where no model was written after it."""
+    for log in ("metrics", "samples", "evals"):
+        run.cut(log, start + 1 if begun else 0)
+        if not (run.folder / "model").exists():
+            run.drop(log, lambda r: r["step"] == recipe.num_steps and r.get("split") == "held_out")
+
+
 def _steps(run: RunDir, session: Session, start: int, base: str, phase: PhaseLog, listener: Listener) -> None:
-    recipe, saved = session.recipe, start
-    began, score = time.perf_counter(), None
+    recipe, began = session.recipe, time.perf_counter()
     for step in range(start + 1, recipe.num_steps + 1):
         phase.step = step
-        record = train_step(session.trainer, step)
+        try:
+            record = train_step(session.trainer, step)
+        except TaskError as error:
+            session.journal.stop(step)
+            raise TaskError(f"{error}: `{_command(run)}`") from error
+        except NonFiniteError as error:
+            config = shlex.quote(str(run.folder / "config.json"))
+            again = f"`rung train {config} --name NEW --optim.lr {recipe.optim.lr / 2:g}`"
+            raise NonFiniteError(f"{error}: {again}") from error
         metrics = record.metrics | session.rollouts.take_costs()
         phase("record")
         run.append("samples", _sample_records(step, record, session))
         run.append("metrics", [{"kind": "train", "step": step} | metrics])
-        if metrics.get("gap_mean", 0.0) > GAP_ALARM:
-            text = f"step {step}: sampler and learner disagree by {metrics['gap_mean']:.3f} nats a token on average"
-            listener(Progress(stage="notice", text=text))
+        score = None
         if recipe.eval_every and step % recipe.eval_every == 0 and step < recipe.num_steps:
             phase("evaluate")
             score = _evaluate(
                 run, session, step, "validation", recipe.validation_problems, "evaluate", listener
             ).accuracy
-        if step % recipe.checkpoint_every == 0 or step == recipe.num_steps:
+        saved = score is not None or step % recipe.checkpoint_every == 0 or step == recipe.num_steps
+        if saved:  # what was measured is saved with its score, so that the best can be kept
             _save(run, session, step, base, score, phase, listener)
-            saved, score = step, None
         left = (time.perf_counter() - began) / (step - start) * (recipe.num_steps - step)
         rate = metrics["tokens"] / max(metrics["seconds"], 1e-9)
         news = metrics | {"tokens_per_second": rate}
         try:
+            if metrics.get("gap_mean", 0.0) > GAP_ALARM:
+                text = f"step {step}: sampler and learner disagree by {metrics['gap_mean']:.3f} nats a token on average"
+                listener(Progress(stage="notice", text=text))
             listener(Progress(stage="train", done=step, total=recipe.num_steps, metrics=news, seconds_left=left))
         except KeyboardInterrupt:
-            if saved != step:
+            if not saved:
                 _save(run, session, step, base, None, phase, silent)
             raise
 

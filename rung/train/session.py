@@ -1,5 +1,6 @@
 """A recipe made into the objects that run it: checked, loaded, tried, and ready for `grpo.train_step`."""
 
+import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -9,7 +10,7 @@ import torch
 
 from rung.core.errors import ConfigError, RungError
 from rung.core.journal import GradeJournal
-from rung.core.keys import derive_key
+from rung.core.keys import derive_key, signed, splitmix64
 from rung.core.progress import Listener, Progress
 from rung.core.records import GroupRequest, Sampling
 from rung.core.rundir import RunDir
@@ -31,6 +32,7 @@ from rung.train.step import Learner
 
 NEUTRAL = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 SELF_TEST_TOKENS = 8
+FINGERPRINT_WORDS = 256  # summed at a time
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,6 +48,7 @@ class Session:
     rollouts: LocalRollouts
     trainer: Trainer
     sampling: Sampling
+    journal: GradeJournal
 
 
 def check_recipe(recipe: GroupRL) -> None:
@@ -103,14 +106,14 @@ def open_session(recipe: GroupRL, run: RunDir, since: int, phase: "PhaseLog", li
         learner = Learner(parameters, recipe.optim, num_steps=updates, dtype=compute_dtype(recipe.dtype))
         reference = frozen_copy(model.decoder) if needs_reference(recipe.method) else None
         engine = Engine(model.decoder, slots=recipe.slots, max_positions=model.decoder.config.max_positions)
-        grade = JournalledGrades(grader, GradeJournal(run, since=since))
+        journal = GradeJournal(run, since=since)
         rollouts = LocalRollouts(
             model,
             engine,
             sampling=sampling,
             samples=recipe.samples_per_prompt,
             seed=recipe.seed,
-            grade=phase.around("grade", grade),
+            grade=phase.around("grade", JournalledGrades(grader, journal)),
         )
         trainer = Trainer(
             recipe=recipe,
@@ -133,6 +136,7 @@ def open_session(recipe: GroupRL, run: RunDir, since: int, phase: "PhaseLog", li
             rollouts=rollouts,
             trainer=trainer,
             sampling=sampling,
+            journal=journal,
         )
 
 
@@ -163,13 +167,20 @@ class PhaseLog:
 
 
 def fingerprint(parameters: Mapping[str, Tensor]) -> str:
-    """A hash of weights: the sum of each tensor's bits, and names.  Any single changed value changes it."""
-    names: list[int | str] = []
+    """A hash of weights, names and order: changed by any single value, and by values that change places.
+
+    Within a row of 64-bit words: a sum over odd numbers times the words, modulo 2^64.  Over rows and the rest: blake2b.
+    """
+    odd_C = torch.tensor([signed(splitmix64(0, i) | 1) for i in range(FINGERPRINT_WORDS)])
+    digest = hashlib.blake2b(digest_size=8)
     for name, parameter in parameters.items():
-        flat = parameter.detach().flatten()
-        whole = len(flat) * flat.element_size() // 8 * 8 // flat.element_size()  # what fills 64-bit words
-        names += [name, int(flat[:whole].view(torch.int64).sum()), *map(str, flat[whole:].tolist())]
-    return f"{derive_key(*names):016x}"
+        bytes_N = parameter.detach().cpu().flatten().view(torch.uint8)
+        whole = len(bytes_N) // (8 * FINGERPRINT_WORDS) * 8 * FINGERPRINT_WORDS
+        words_RC = bytes_N[:whole].view(torch.int64).unflatten(0, (-1, FINGERPRINT_WORDS))
+        digest.update(f"{name}\n{len(bytes_N)}\n".encode())
+        digest.update((words_RC @ odd_C).numpy().data)
+        digest.update(bytes_N[whole:].numpy().data)
+    return digest.hexdigest()
 
 
 @torch.no_grad()

@@ -20,6 +20,11 @@ from rung.objectives.reduce import total_loss
 from rung.train.config import Optim
 from rung.train.policy import LanguagePolicy, Recorded
 
+REFUSED = (
+    "The step was refused and nothing was changed; resumed, the run would come to the same step and stop again. Start "
+    "another one from its config.json with a lower optim.lr or optim.grad_clip, or with dtype fp32"
+)
+
 Observer = Callable[[PackedBatch, TokenScores], None]
 
 
@@ -144,9 +149,7 @@ class Learner:
         norm = float(torch.nn.utils.get_total_norm(list(self._grads.values())))
         if not math.isfinite(norm):
             bad = next((n for n, g in self._grads.items() if not bool(g.isfinite().all())), "(the norm overflowed)")
-            raise NonFiniteError(
-                f"The gradient of {bad!r} is not finite; the step was refused and nothing was changed."
-            )
+            raise NonFiniteError(f"The gradient of {bad!r} is not finite. {REFUSED}")
         if norm > self.optim.grad_clip:
             torch._foreach_mul_(list(self._grads.values()), self.optim.grad_clip / (norm + 1e-6))
         return norm
@@ -182,7 +185,7 @@ def _refuse_non_finite_loss(values: Mapping[str, float], terms: Mapping[str, Ter
     if all(math.isfinite(v) for v in values.values()):
         return
     bad = next((name for name, t in _tensors(scores, terms) if not bool(t.isfinite().all())), "the sum of the loss")
-    raise NonFiniteError(f"The loss is not finite: the first bad tensor is {bad}.  The step was refused.")
+    raise NonFiniteError(f"The loss is not finite: the first bad tensor is {bad}. {REFUSED}")
 
 
 def _tensors(scores: TokenScores | None, terms: Mapping[str, Term]) -> Iterator[tuple[str, Tensor]]:

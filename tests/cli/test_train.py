@@ -161,7 +161,6 @@ def test_the_commands_of_a_report_are_understood_and_mean_the_run(here, capsys, 
     options = {"lenient": True, "loud": False, "mark": "--a 'b' $c", "size": -3, "by_2": 1e-7}
     recipe = replace(load_recipe("mine.py:mine"), task=TaskSpec(name="task.py:Words", options=options))
     run = finished_run(here / "runs" / "my run", recipe.num_steps, recipe)
-    (run.folder / "model").mkdir()
     evaluate, train = map(shlex.split, page._commands(read_run(run.folder)).splitlines())
     asked = []
     found = SimpleNamespace(accuracy=0.5, low=0.25, high=0.75, n=8, unknown=0)
@@ -209,6 +208,7 @@ class FakeTrain:
                 raise self.error
             run.append("metrics", [{"kind": "train", "step": s, "reward": 0.5} for s in range(1, recipe.num_steps + 1)])
             run.append("metrics", [eval_row(recipe.num_steps, 40, 50)])
+            (folder / "model").mkdir()
         listener(Progress(stage="evaluate", done=50, total=50, metrics={"accuracy_held_out": 0.8}))
 
 
@@ -220,6 +220,7 @@ def test_train_is_one_call_and_tells_result_and_report_on_stdout(here, capsys, m
     assert fake.asked == [(load_recipe("mine.py:mine"), "runs/mine", True)]
     assert out.splitlines() == [
         "mine: finished: 7 steps; held-out accuracy 10.0% → 80.0% (95 % interval 67.0% to 88.8%, 50 problems)",
+        "model:  runs/mine/model",
         "report: runs/mine/report.html",
     ]
     assert "training 1/7  reward 0.5" in err
@@ -230,6 +231,7 @@ def test_a_finished_run_tells_its_result_after_its_recipe_has_changed(here, caps
     again = ["train", "arithmetic", "--or-resume", "--name", "kept"]
     old = replace(load_recipe("arithmetic"), name="kept", num_steps=3, seed=5)
     run = finished_run(here / "runs" / "kept", 3, old)
+    (run.folder / "model").rmdir()
     calls = []
     monkeypatch.setattr(rung, "train", lambda recipe, **options: calls.append(recipe), raising=False)
     cli.main(again)

@@ -158,7 +158,7 @@ def test_replacing_a_file_leaves_the_old_one_where_the_new_one_fails(tmp_path):
         yield b"new"
         raise OSError("disk")
 
-    with pytest.raises(OSError, match="disk"):
+    with pytest.raises(RunError, match=r"/a could not be written \(disk\): make room"):
         write_atomic(tmp_path / "a", parts())
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a", b"old")]
 
@@ -249,12 +249,17 @@ def test_grades_are_on_disk_when_write_returns_and_old_ones_are_left_aside_on_re
     assert GradeJournal(run, since=5).lookup(KEY, (1,)) is None
 
 
-def test_unknown_grades_of_the_newest_step_are_asked_again_and_earlier_ones_are_replayed(run):
-    """The watch stops a run within the step whose grades broke its limit: a mended verifier must get its chance."""
+def test_unknown_grades_are_replayed_unless_the_verifier_stopped_the_run_in_their_step(run):
+    """A mended verifier must get its chance; after `kill -9` the batch must be the one that it was."""
     later = GradeKey(step=5, problem="p", draw=1, sample=3)
-    GradeJournal(run).write([(KEY, (1,), unknown("a")), (later, (1,), unknown("b"))])
-    assert GradeJournal(run).lookup(KEY, (1,)) == unknown("a")
-    assert GradeJournal(run).lookup(later, (1,)) is None
+    known = GradeKey(step=5, problem="p", draw=1, sample=4)
+    GradeJournal(run).write([(KEY, (1,), unknown("a")), (later, (1,), unknown("b")), (known, (1,), Grade(score=0.5))])
+    assert GradeJournal(run).lookup(later, (1,)) == unknown("b")
+    GradeJournal(run).stop(5)
+    again = GradeJournal(run)
+    assert [again.lookup(key, (1,)) for key in (KEY, later, known)] == [unknown("a"), None, Grade(score=0.5)]
+    again.write([(later, (1,), unknown("still"))])
+    assert GradeJournal(run).lookup(later, (1,)) == unknown("still"), "what was said after the stop is replayed"
 
 
 def test_a_journal_with_a_torn_last_grade_keeps_the_others(run):

@@ -1,6 +1,8 @@
 """Hugging Face folders: in, out, and everything that can be wrong with one."""
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from rung.core.errors import ModelError
 from rung.lm import presets
 from rung.lm.config import RopeSpec
+from rung.lm.weights import hf
 from rung.lm.weights.families import from_hugging_face, to_hugging_face
 from rung.lm.weights.hf import load_folder, new_folder, save_folder
 from rung.model import load, new_model
@@ -256,6 +259,28 @@ def test_a_save_that_fails_half_way_leaves_no_folder(tmp_path, folder):
     with pytest.raises(KeyError):
         save_folder(tmp_path / "ours", held, decoder.config, weights)
     assert not (tmp_path / "ours").exists()
+
+
+def test_a_full_disk_is_an_error_that_names_the_folder_and_leaves_nothing_behind(tmp_path, folder, monkeypatch):
+    def full(*rest):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(hf, "write_shard", full)
+    with pytest.raises(ModelError, match=r"/ours could not be written \(No space left on device\): make room"):
+        load(folder, dtype="fp32").save(tmp_path / "ours")
+    assert not list(tmp_path.glob("ours*"))
+
+
+def test_a_saved_folder_is_on_the_disk_before_it_has_its_name_and_so_is_the_name(tmp_path, folder, monkeypatch):
+    """Whoever finds the folder after a power cut takes it for whole."""
+    order, fsync, rename = [], os.fsync, Path.rename
+    synced = lambda number: order.append(Path(os.readlink(f"/proc/self/fd/{number}"))) or fsync(number)  # noqa: E731
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "rename", lambda old, new: order.append("rename") or rename(old, new))
+    path = load(folder, dtype="fp32").save(tmp_path / "ours")
+    aside = tmp_path / "ours.tmp"
+    assert set(order[: order.index("rename")]) == {aside, *(aside / file.name for file in path.iterdir())}
+    assert order[order.index("rename") :] == ["rename", tmp_path]
 
 
 def test_a_model_is_never_written_over_another(folder):

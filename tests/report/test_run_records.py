@@ -67,12 +67,14 @@ def test_a_finished_run_is_read_whole(tmp_path):
     assert record.notes == []
 
 
-def test_a_run_is_finished_only_when_its_last_step_is_measured(tmp_path):
+def test_a_run_is_finished_only_when_its_last_step_is_measured_and_its_model_written(tmp_path):
     run = create(tmp_path / "run", RECIPE, {})
     run.append("metrics", [eval_row(0, 5, 50)])
     run.append("metrics", [{"kind": "train", "step": step} for step in range(1, RECIPE.num_steps + 1)])
     assert not read_run(run.folder).finished
     run.append("metrics", [eval_row(RECIPE.num_steps, 40, 50)])
+    assert not read_run(run.folder).finished
+    (run.folder / "model").mkdir()
     assert read_run(run.folder).finished
 
 

@@ -12,7 +12,17 @@ from train.tiny import tiny_folder, tiny_recipe
 
 from rung.core.config import dumps_json
 
-PHASES = ["sample", "grade", "backward", "update", "record", "checkpoint"]
+PHASES = {  # of which step: every third is evaluated, every second saved, and the eighth is the last
+    "baseline": 0,
+    "sample": 3,
+    "grade": 3,
+    "backward": 3,
+    "update": 3,
+    "record": 3,
+    "checkpoint": 4,
+    "evaluate": 8,
+    "model": 8,
+}
 DEADLINE = 120.0  # seconds
 
 
@@ -43,7 +53,7 @@ def environment() -> dict[str, str]:
 
 
 def kill_in(phase: str, delay: float, recipe_file: Path, folder: Path) -> str:
-    """Start a run, kill its process group `delay` seconds after it enters `phase` of step 3; the last phase logged."""
+    """Start a run, kill its process group `delay` seconds after it enters `phase`; the last phase logged."""
     process = subprocess.Popen(
         command("train", recipe_file, "--folder", folder),
         stdout=subprocess.DEVNULL,
@@ -52,9 +62,8 @@ def kill_in(phase: str, delay: float, recipe_file: Path, folder: Path) -> str:
         start_new_session=True,
     )
     log, deadline = folder / "log.txt", time.monotonic() + DEADLINE
-    step = 4 if phase == "checkpoint" else 3  # every second step is saved
     try:
-        while not (log.exists() and f"{step} {phase}\n" in log.read_text()):
+        while not (log.exists() and f"{PHASES[phase]} {phase}\n" in log.read_text()):
             assert process.poll() is None, f"the run ended before it came to {phase}"
             assert time.monotonic() < deadline, f"the run never came to {phase}"
             time.sleep(0.0005)

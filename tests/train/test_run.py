@@ -1,16 +1,13 @@
-"""Whole runs of a tiny model: what they learn, what they leave on disk, and that stopping them changes nothing."""
+"""Whole runs of a tiny model: what they learn, what they leave on disk, and what they refuse."""
 
-import json
-import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from train.tiny import tiny_decoder, tiny_folder, tiny_recipe
+from train.tiny import tiny_decoder, tiny_recipe
 
 import rung
-from rung.core.errors import ConfigError, RunError, RungError, TaskError
+from rung.core.errors import ConfigError, NonFiniteError, RunError, RungError
 from rung.core.keys import derive_key
 from rung.core.records import Completion, GroupRequest, Sampling
 from rung.core.rundir import open_run
@@ -19,38 +16,12 @@ from rung.engine.engine import Engine
 from rung.engine.types import WeightsRef
 from rung.lm import linear
 from rung.report import page
-from rung.train import run as runs
 from rung.train import session as sessions
-from rung.train.config import METHODS, Method, Optim, TaskSpec
+from rung.train.config import METHODS, Optim, TaskSpec
 from rung.train.data import count, pack_one, sample_of
 from rung.train.grpo import gap, refuse_stale
 from rung.train.policy import LanguagePolicy
 from rung.train.rollouts import Ask, Group
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return tiny_folder(tmp_path_factory.mktemp("tiny") / "model")
-
-
-@pytest.fixture(scope="module")
-def whole(folder, tmp_path_factory):
-    """An uninterrupted run."""
-    return rung.train(tiny_recipe(folder), folder=tmp_path_factory.mktemp("runs") / "whole")
-
-
-def weights_of(run_folder: Path) -> bytes:
-    return (run_folder / "model" / "model.safetensors").read_bytes()
-
-
-def stop_after(step: int, stage: str = "train"):
-    """A listener that does what Ctrl-C does once `step` is done."""
-
-    def listener(news):
-        if news.stage == stage and news.done == step:
-            raise KeyboardInterrupt
-
-    return listener
 
 
 def test_a_tiny_model_learns_to_answer_with_the_letter_that_is_rewarded(folder, tmp_path):
@@ -113,103 +84,6 @@ def test_the_report_finds_in_a_real_run_everything_that_it_reads(folder, tmp_pat
         ("evaluate", "accuracy_held_out"),
         ("evaluate", "accuracy_validation"),
     }
-
-
-@pytest.mark.parametrize("step", [1, 2, 5])
-def test_an_interrupted_run_goes_on_bit_for_bit(whole, folder, tmp_path, step):
-    with pytest.raises(KeyboardInterrupt):
-        rung.train(tiny_recipe(folder), folder=tmp_path / "run", listener=stop_after(step))
-    run = rung.resume(tmp_path / "run")
-    assert weights_of(run.folder) == weights_of(whole.folder)
-    assert (run.folder / "samples.jsonl").read_bytes() == (whole.folder / "samples.jsonl").read_bytes()
-    assert (run.folder / "evals.jsonl").read_bytes() == (whole.folder / "evals.jsonl").read_bytes()
-
-
-def test_what_was_recorded_after_the_checkpoint_is_cut_and_its_grades_are_replayed(
-    whole, folder, tmp_path, monkeypatch
-):
-    """The last checkpoint is of step 4, and the run dies when step 6 is to be saved."""
-
-    def dies(folder, step, *rest, **options):
-        if step == 6:
-            raise MemoryError("killed")
-        return save(folder, step, *rest, **options)
-
-    save = runs.save
-    with monkeypatch.context() as patch:
-        patch.setattr(runs, "save", dies)
-        with pytest.raises(MemoryError):
-            rung.train(tiny_recipe(folder), folder=tmp_path / "run")
-    assert {r["step"] for r in open_run(tmp_path / "run").read("samples")} == {1, 2, 3, 4, 5, 6}
-    asked, grade = [], sessions.Grader.grade
-    with monkeypatch.context() as patch:
-        patch.setattr(sessions.Grader, "grade", lambda self, answers: asked.extend(answers) or grade(self, answers))
-        run = rung.resume(tmp_path / "run")
-    assert len(asked) == 5, "the answers of the last evaluation alone: those of steps 5 and 6 were graded before"
-    assert weights_of(run.folder) == weights_of(whole.folder)
-    assert (run.folder / "samples.jsonl").read_bytes() == (whole.folder / "samples.jsonl").read_bytes()
-
-
-def test_a_finished_run_is_handed_back_untouched(whole, folder):
-    before = {p: p.stat().st_mtime_ns for p in whole.folder.rglob("*") if p.is_file() and p.name != "lock"}
-    again = rung.train(tiny_recipe(folder), folder=whole.folder, or_resume=True)
-    assert again.summary == whole.summary
-    assert before == {p: p.stat().st_mtime_ns for p in whole.folder.rglob("*") if p.is_file() and p.name != "lock"}
-
-
-def test_a_run_of_another_configuration_is_not_resumed_in_its_place(whole, folder):
-    with pytest.raises(RunError, match="another configuration"):
-        rung.train(tiny_recipe(folder, seed=1), folder=whole.folder, or_resume=True)
-    with pytest.raises(RunError, match="exists already"):
-        rung.train(tiny_recipe(folder), folder=whole.folder)
-
-
-def test_another_machine_is_refused_unless_allowed(folder, tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        rung.train(tiny_recipe(folder), folder=tmp_path / "run", listener=stop_after(2))
-    place = tmp_path / "run" / "environment.json"
-    place.write_text(json.dumps(json.loads(place.read_text()) | {"threads": 7}))
-    with pytest.raises(RunError, match=r"threads was 7, is 1.*--allow-changed"):
-        rung.resume(tmp_path / "run")
-    with pytest.raises(KeyboardInterrupt):
-        rung.resume(tmp_path / "run", allow_changed=True, listener=stop_after(4))
-    now = json.loads(place.read_text())
-    assert now["threads"] == 1
-    assert [earlier["threads"] for earlier in now["earlier"]] == [7]
-    assert rung.resume(tmp_path / "run").summary["steps"] == 6, "the new machine is the run's own"
-    place.write_text(json.dumps(now | {"threads": 7}))
-    assert rung.resume(tmp_path / "run").summary["steps"] == 6, "a finished run is handed back anywhere"
-
-
-def test_a_task_file_that_was_edited_is_refused_unless_allowed(folder, tmp_path):
-    source = tmp_path / "mine.py"
-    source.write_bytes((folder.parent / "letters.py").read_bytes())
-    recipe = tiny_recipe(folder, task=TaskSpec(name=f"{source}:reward"))
-    with pytest.raises(KeyboardInterrupt):
-        rung.train(recipe, folder=tmp_path / "run", listener=stop_after(2))
-    source.write_text(source.read_text().replace('"a"', '"b"'))
-    with pytest.raises(RunError, match=r"task_source was.*--allow-changed"):
-        rung.resume(tmp_path / "run")
-    assert rung.resume(tmp_path / "run", allow_changed=True).summary["steps"] == 6
-
-
-def test_a_run_begun_with_relative_paths_is_resumed_from_another_folder(folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(folder.parent)
-    recipe = tiny_recipe(Path(folder.name), task=TaskSpec(name="letters.py:reward"))
-    with pytest.raises(KeyboardInterrupt):
-        rung.train(recipe, folder=tmp_path / "run", listener=stop_after(2))
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    assert rung.resume(tmp_path / "run").summary["steps"] == 6
-
-
-def test_another_base_model_is_refused(folder, tmp_path):
-    mine = tiny_folder(tmp_path / "model", seed=3)
-    with pytest.raises(KeyboardInterrupt):
-        rung.train(tiny_recipe(mine), folder=tmp_path / "run", listener=stop_after(2))
-    (mine / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
-    with pytest.raises(RunError, match="fingerprint"):
-        rung.resume(tmp_path / "run")
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -276,21 +150,6 @@ def test_a_recipe_that_cannot_run_is_refused_before_anything_is_made(folder, tmp
     assert not (tmp_path / "run").exists()
 
 
-BROKEN_TASK = """
-problems = [{"prompt": f"{n}", "answer": "y"} for n in range(40)]
-
-def reward(problem, text):
-    raise OSError("no licence")
-"""
-
-
-def test_a_verifier_that_fails_stops_the_run_and_says_why(folder, tmp_path):
-    (tmp_path / "broken.py").write_text(BROKEN_TASK)
-    recipe = tiny_recipe(folder, task=TaskSpec(name=f"{tmp_path / 'broken.py'}:reward"))
-    with pytest.raises(TaskError, match="no licence"):
-        rung.train(recipe, folder=tmp_path / "run")
-
-
 def drawn_samples(decoder, temperature):
     engine = Engine(decoder)
     prompts = [(1, 2, 3), (9, 8, 7, 6, 5)]
@@ -343,6 +202,16 @@ def test_the_self_test_notices_blocks_of_a_weight_that_outlive_it(folder, tmp_pa
         rung.train(replace(tiny_recipe(folder), dtype="bf16"), folder=tmp_path / "run")
 
 
+def test_a_refused_step_ends_the_run_with_the_command_of_another_one(folder, tmp_path, monkeypatch):
+    def bad(*rest, **options):
+        raise NonFiniteError("The loss is not finite")
+
+    monkeypatch.setattr(sessions.Learner, "step", bad)
+    config = tmp_path / "run" / "config.json"
+    with pytest.raises(NonFiniteError, match=rf"not finite: `rung train {config} --name NEW --optim.lr 0.0015`$"):
+        rung.train(tiny_recipe(folder), folder=tmp_path / "run")
+
+
 def test_samples_of_other_weights_are_refused():
     completion = Completion(
         token_ids=(1,), logp_sampled=(0.0,), logp_raw=(0.0,), stop="length", policy_version=3, weights_hash="a",
@@ -354,12 +223,3 @@ def test_samples_of_other_weights_are_refused():
     for other in (WeightsRef(version=4, hash="a"), WeightsRef(version=3, hash="b")):
         with pytest.raises(RunError, match="must sample with the weights"):
             refuse_stale([group], other)
-
-
-def test_an_estimate_grows_with_what_is_asked(folder):
-    small, large = rung.estimate(tiny_recipe(folder)), rung.estimate(tiny_recipe(folder, tokens_per_micro_batch=8192))
-    assert large.bytes > small.bytes
-    assert math.isfinite(small.seconds)
-    assert any("free" in line for line in small.lines)
-    with_reference = rung.estimate(tiny_recipe(folder, method=Method(kl="k3_loss", kl_coef=0.1)))
-    assert with_reference.bytes > small.bytes

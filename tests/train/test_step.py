@@ -12,6 +12,7 @@ from rung.train.config import Method, Optim
 from rung.train.data import count, pack
 from rung.train.methods import build_objective
 from rung.train.policy import LanguagePolicy
+from rung.train.session import fingerprint
 from rung.train.step import Learner
 
 METHOD = Method(advantage="mean", denominator="tokens")
@@ -58,6 +59,26 @@ def test_a_step_is_plain_torch_on_the_whole_batch():
     assert result.grad_norm > 0.005, "clipping was not tried"
     for name, parameter in ours.named_parameters():
         torch.testing.assert_close(parameter, plain.get_parameter(name), atol=2e-6, rtol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(40, 24), (3, 2048), (7, 1), (1,), (0, 5)])
+def test_a_fingerprint_changes_with_any_value_with_the_order_of_rows_and_columns_and_with_names(dtype, shape):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    seen = {fingerprint({"a": weight}), fingerprint({"b": weight}), fingerprint({"a": weight, "b": weight})}
+    assert len(seen) == 3
+    assert fingerprint({"a": weight.clone()}) in seen
+    others = []
+    if weight.numel():
+        others += [weight.clone(), weight.clone()]
+        others[0].view(-1)[0] *= 1.01
+        others[1].view(-1)[-1] += 1
+    if weight.numel() > 1:
+        others += [weight.roll(1, dims=0), weight.flip(0)]
+    if weight.ndim == 2 and shape[1] > 1 and weight.numel():
+        others += [weight.roll(1, dims=1), weight.roll(8, dims=1)]
+    found = [fingerprint({"a": other}) for other in others]
+    assert len({*found, *seen}) == len(found) + 3
 
 
 def test_schedules_end_at_zero_and_are_half_way_in_the_middle():
@@ -120,6 +141,32 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_names_the_first_bad_tenso
         learn(decoder, learner, samples)
         for name, parameter in decoder.named_parameters():
             assert torch.equal(parameter, twin.get_parameter(name)), name
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_names_the_weight_and_says_how_to_go_on():
+    """The loss is finite: a square root at zero has a value, and no slope."""
+    decoder, samples = tiny_decoder(), made_samples(dtype=torch.float32)
+    learner = learner_of(decoder, Optim())
+    learn(decoder, learner, samples)
+    before, plain = weights(decoder), build_objective(METHOD)
+
+    def steep(policy, batch):
+        terms = dict(plain(policy, batch))
+        term = terms["policy"]
+        return terms | {"policy": replace(term, value=term.value + (term.value - term.value.detach()).abs().sqrt())}
+
+    with pytest.raises(NonFiniteError, match=r"gradient of '.*weight' is not finite.*nothing was changed.*optim\.lr"):
+        learner.step(batches_of(samples), LanguagePolicy(decoder), steep)
+    assert learner.num_updates == 1
+    for name, parameter in decoder.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+        assert parameter.grad is None
+    twin = tiny_decoder()
+    other = learner_of(twin, Optim())
+    learn(twin, other, samples), learn(twin, other, samples)
+    learn(decoder, learner, samples)
+    for name, parameter in decoder.named_parameters():
+        assert torch.equal(parameter, twin.get_parameter(name)), name
 
 
 def test_a_restored_learner_goes_on_bit_for_bit():

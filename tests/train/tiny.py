@@ -102,3 +102,17 @@ def made_samples(
             streams["weight"] = torch.rand(len(sample.token_ids), generator=draw, dtype=dtype)
             samples.append(Sample(**{**sample.__dict__, "streams": {**sample.streams, **streams}}))
     return samples
+
+
+def weights_of(run_folder: Path) -> bytes:
+    return (run_folder / "model" / "model.safetensors").read_bytes()
+
+
+def stop_after(step: int, stage: str = "train"):
+    """A listener that does what Ctrl-C does once `step` is done."""
+
+    def listener(news):
+        if news.stage == stage and news.done == step:
+            raise KeyboardInterrupt
+
+    return listener

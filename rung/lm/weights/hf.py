@@ -6,6 +6,7 @@ what was read: the same files, names, order and dtypes; config.json keeps the fi
 
 import difflib
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import torch
 
 from rung.core.errors import ModelError
 from rung.core.progress import Listener, Progress, silent
+from rung.core.rundir import fsync_folder
 from rung.core.shapes import Tensor
 from rung.lm.config import DecoderConfig
 from rung.lm.decoder import Decoder
@@ -90,15 +92,37 @@ def save_folder(path: Path, folder: Folder, config: DecoderConfig, weights: Mapp
     """Write a model folder: `weights` are our parameters by name, in any float dtype (fp32 masters, say).
 
     Each tensor is written in the dtype it had when the folder was read; one that has not changed since then is copied
-    from there, so that weights held in fewer bits lose none.  The folder appears whole or not at all.
+    from there, so that weights held in fewer bits lose none.  The folder appears whole, on the disk, or not at all.
+    Raises ModelError where it cannot be written.
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ModelError(
             f"{path} exists and is not an empty folder: a model is never written over another. Choose a new name."
         )
     aside = path.with_name(path.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        _write(aside, folder, config, weights)
+        for file in aside.iterdir():
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
+        fsync_folder(aside)
+        if path.is_dir():
+            path.rmdir()
+        aside.rename(path)
+        fsync_folder(path.parent)
+    except OSError as error:
+        raise ModelError(
+            f"the model folder {path} could not be written ({error.strerror}): make room there, then save it again "
+            "(a run is resumed)."
+        ) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write(aside: Path, folder: Folder, config: DecoderConfig, weights: Mapping[str, Tensor]) -> None:
+    """Every file of a model folder."""
     source = {part.name: (rule, weights[rule.ours]) for rule in rules(config, HUGGING_FACE) for part in rule.parts}
     if config.tied:  # some folders write the head all the same
         embedding = weights["embedding.weight"]
@@ -124,9 +148,6 @@ def save_folder(path: Path, folder: Folder, config: DecoderConfig, weights: Mapp
     _write_json(aside / "config.json", folder.config)
     for name, content in folder.files.items():
         (aside / name).write_bytes(content)
-    if path.is_dir():
-        path.rmdir()
-    aside.rename(path)
 
 
 def _fill(decoder: Decoder, table: tuple[Rule, ...], shards: tuple[Shard, ...], path: Path, listener: Listener) -> None:

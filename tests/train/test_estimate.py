@@ -1,0 +1,73 @@
+"""What a run will need, counted before it starts, and again before it goes on."""
+
+import math
+from dataclasses import replace
+
+import pytest
+from train.tiny import tiny_recipe
+
+import rung
+from rung.core.errors import ConfigError
+from rung.core.rundir import create, open_run
+from rung.tasks.load import load_task
+from rung.train import estimate as estimates
+from rung.train.config import Method, TaskSpec
+
+
+def test_a_run_that_no_longer_fits_is_not_resumed(whole, folder, tmp_path, monkeypatch):
+    run = create(tmp_path / "run", tiny_recipe(folder), open_run(whole.folder).environment())
+    monkeypatch.setattr(estimates, "available_memory", lambda: 1e6)
+    with pytest.raises(ConfigError, match=r"needs about .* GB, and 0\.0 GB are free"):
+        rung.resume(run.folder)
+
+
+def test_long_prompts_need_a_longer_cache_and_more_time(folder, tmp_path):
+    (tmp_path / "long.py").write_text(
+        (folder.parent / "letters.py").read_text().replace("say a", "say a " * 9 + "say a")
+    )
+    short = tiny_recipe(folder)
+    long = replace(short, task=TaskSpec(name=f"{tmp_path / 'long.py'}:reward"))
+    model = rung.load(folder)
+    tasks = [load_task(recipe.task.name, {}) for recipe in (short, long)]
+    lengths = [max(estimates.prompt_lengths(model, [t.problem(i) for i in range(40)])) for t in tasks]
+    assert lengths[1] == lengths[0] + 9 * len("say a ")
+    caches = [estimates.memory(short, model.decoder.config, n)["key-value cache"] for n in lengths]
+    assert caches[1] / caches[0] == (lengths[1] + 5) / (lengths[0] + 5)
+    assert math.isclose(
+        sum(estimates.memory(long, model.decoder.config, lengths[1]).values()), rung.estimate(long).bytes
+    )
+
+
+@pytest.mark.parametrize(
+    ("version", "groups"),
+    [
+        ("0::/a/b", {"a": ("5000000", "3000000", "inactive_file 1000000")}),
+        ("0::/the/hosts/name", {"": ("5000000", "3000000", "inactive_file 1000000")}),
+        ("7:cpu:/x\n4:memory:/a", {"a": ("5000000", "2500000", "total_inactive_file 500000")}),
+        ("0::/a", {"": ("4000000", "1000000", ""), "a": ("max", "1", "")}),
+        ("0::/a", {"a": ("max", "1000000", "")}),
+        ("0::/", {}),
+    ],
+)
+def test_a_containers_limit_counts_as_the_memory_there_is(tmp_path, version, groups):
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9 kB\nMemAvailable: 8000 kB\n")
+    (tmp_path / "proc/self/cgroup").write_text(version + "\n")
+    first = "memory:" in version
+    names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if first else ("memory.max", "memory.current")
+    for group, texts in groups.items():
+        place = tmp_path / "sys/fs/cgroup" / ("memory" if first else "") / group
+        place.mkdir(parents=True, exist_ok=True)
+        for name, text in zip((*names, "memory.stat"), texts, strict=True):
+            (place / name).write_text(text + "\n" * bool(text))
+    limited = any(texts[0] != "max" for texts in groups.values())
+    assert estimates.available_memory(tmp_path) == (3_000_000 if limited else 8_192_000)
+
+
+def test_an_estimate_grows_with_what_is_asked(folder):
+    small, large = rung.estimate(tiny_recipe(folder)), rung.estimate(tiny_recipe(folder, tokens_per_micro_batch=8192))
+    assert large.bytes > small.bytes
+    assert math.isfinite(small.seconds)
+    assert any("free" in line for line in small.lines)
+    with_reference = rung.estimate(tiny_recipe(folder, method=Method(kl="k3_loss", kl_coef=0.1)))
+    assert with_reference.bytes > small.bytes
