@@ -114,7 +114,7 @@ def summary(answers: Sequence[Answer], grades: Sequence[Grade]) -> Evaluation:
     """Accuracy among the known grades.  Raises TaskError where there is none."""
     known = [g for g in grades if g.known]
     if not known:
-        raise TaskError(f"the verifier graded none of {len(grades)} answers: mend the task ({grades[-1].error})")
+        raise TaskError(f"the verifier graded none of {len(grades)} answers: {grades[-1].error}. Mend the task")
     right = sum(g.right for g in known)
     low, high = wilson(right, len(known))
     return Evaluation(

@@ -8,7 +8,7 @@
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -27,9 +27,10 @@ from rung.train.policy import LanguagePolicy
 from rung.train.rollouts import Group, RolloutSource, asks_of
 from rung.train.step import Learner
 
-GAP_ALARM = (
-    0.05  # nats: a mean distance of sampler and learner that bf16 rounding alone does not reach on a right engine
-)
+GAP_LIMITS = {  # nats between sampler and learner that rounding alone does not reach on a right engine
+    torch.float32: {"gap_max": 1e-4},
+    torch.bfloat16: {"gap_mean": 0.05, "gap_max": 4.0},
+}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -167,6 +168,13 @@ class Observed:
             gap_N = gap(batch, scores)
             new |= {"gap_mean": Mean(float(gap_N.sum()), tokens), "gap_max": Max(float(gap_N.max()))}
         self.metrics = merge(self.metrics, new)
+
+
+def gap_notice(metrics: Mapping[str, float], dtype: torch.dtype) -> str:
+    """What a step's distance between sampler and learner calls for; empty where rounding explains it."""
+    over = [name for name, limit in GAP_LIMITS.get(dtype, {}).items() if metrics.get(name, 0.0) > limit]
+    told = " and ".join(f"{name} {metrics[name]:.2g} (limit {GAP_LIMITS[dtype][name]:g})" for name in over)
+    return f"sampler and learner disagree, in nats a token: {told}" if over else ""
 
 
 def gap(batch: PackedBatch, scores: TokenScores) -> torch.Tensor:

@@ -28,7 +28,7 @@ from rung.train.checks import check_problems
 from rung.train.config import GroupRL
 from rung.train.estimate import refuse_too_large
 from rung.train.evaluate import Evaluation, evaluate_with
-from rung.train.grpo import GAP_ALARM, StepRecord, train_step
+from rung.train.grpo import StepRecord, gap_notice, train_step
 from rung.train.session import PhaseLog, Session, check_recipe, fingerprint, open_session, self_test, use_threads
 
 SAME_PLACE = (
@@ -173,9 +173,8 @@ def _steps(run: RunDir, session: Session, start: int, base: str, phase: PhaseLog
         rate = metrics["tokens"] / max(metrics["seconds"], 1e-9)
         news = metrics | {"tokens_per_second": rate}
         try:
-            if metrics.get("gap_mean", 0.0) > GAP_ALARM:
-                text = f"step {step}: sampler and learner disagree by {metrics['gap_mean']:.3f} nats a token on average"
-                listener(Progress(stage="notice", text=text))
+            if notice := gap_notice(metrics, session.model.decoder.head_weight().dtype):
+                listener(Progress(stage="notice", text=f"step {step}: {notice}"))
             listener(Progress(stage="train", done=step, total=recipe.num_steps, metrics=news, seconds_left=left))
         except KeyboardInterrupt:
             if not saved:
@@ -215,17 +214,13 @@ def _evaluate(
     began = time.perf_counter()
     sampling = Sampling(max_tokens=session.sampling.max_tokens, temperature=0.0, stop_ids=session.sampling.stop_ids)
     asked = problems(session.task, split, number, seed=0)
-    result = evaluate_with(
-        session.model,
-        session.engine,
-        asked,
-        sampling,
-        session.grader.grade,
-        seed=0,
-        stage=stage,
-        split=split,
-        listener=listener,
-    )
+    grade = session.grader.grade
+    try:
+        result = evaluate_with(
+            session.model, session.engine, asked, sampling, grade, seed=0, stage=stage, split=split, listener=listener
+        )
+    except TaskError as error:
+        raise TaskError(f"{error}, then resume the run: `{_command(run)}`") from error
     records = [
         {
             "step": step,

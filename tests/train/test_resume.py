@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from train.tiny import stop_after, tiny_folder, tiny_recipe, weights_of
 
 import rung
@@ -13,6 +14,7 @@ from rung.core.rundir import create, open_run
 from rung.core.words import unknown
 from rung.lm.weights import hf
 from rung.report.load import read_run
+from rung.train import grpo
 from rung.train import run as runs
 from rung.train import session as sessions
 from rung.train.config import METHODS, Method, Optim, TaskSpec
@@ -69,10 +71,27 @@ def scores_of(run_folder: Path) -> dict:
 
 
 def test_ctrl_c_during_a_notice_of_a_step_saves_the_step(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "GAP_ALARM", -1.0)
+    monkeypatch.setitem(grpo.GAP_LIMITS, torch.float32, {"gap_max": -1.0})
     with pytest.raises(KeyboardInterrupt):
         rung.train(tiny_recipe(folder), folder=tmp_path / "run", listener=stop_after(0, "notice"))
     assert set(scores_of(tmp_path / "run")) == {1}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "metrics", "told"),
+    [
+        (torch.float32, {"gap_mean": 1e-6, "gap_max": 9e-5}, ""),
+        (torch.float32, {"gap_mean": 1e-6, "gap_max": 2e-4}, "gap_max 0.0002 (limit 0.0001)"),
+        (torch.bfloat16, {"gap_mean": 0.03, "gap_max": 1.3}, ""),
+        (torch.bfloat16, {"gap_mean": 0.06, "gap_max": 1.3}, "gap_mean 0.06 (limit 0.05)"),
+        (torch.bfloat16, {"gap_mean": 0.03, "gap_max": 5.0}, "gap_max 5 (limit 4)"),
+        (torch.bfloat16, {}, ""),
+    ],
+)
+def test_a_distance_of_sampler_and_learner_beyond_rounding_is_told(dtype, metrics, told):
+    notice = grpo.gap_notice(metrics, dtype)
+    assert bool(notice) == bool(told)
+    assert told in notice
 
 
 def test_what_was_recorded_after_the_checkpoint_is_cut_and_its_grades_are_replayed(

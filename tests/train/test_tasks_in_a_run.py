@@ -94,7 +94,7 @@ def test_an_evaluation_divides_by_the_known_grades_and_fails_where_there_is_none
     found = rung.evaluate(model, some, listener=news.append)
     assert (found.accuracy, found.n, found.unknown) == (1.0, 2, 2)
     assert news[-1].metrics["accuracy_held_out"] == 1.0
-    with pytest.raises(TaskError, match=r"the verifier graded none of 4 answers: mend the task \(asleep\)"):
+    with pytest.raises(TaskError, match=r"the verifier graded none of 4 answers: asleep\. Mend the task"):
         rung.evaluate(model, listed(tmp_path / "none.py", rows, header))
 
 
