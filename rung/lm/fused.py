@@ -1,12 +1,14 @@
-"""What a decoding step does on a CPU in bf16, in few passes over memory.
+"""A decoding step of a single row in bf16 on a CPU, in few passes over memory; and the sums that drawing needs.
 
 One row is a stream of weights: what counts is that memory is read once and in order, and that little else happens.
 oneDNN's product of one row reaches half of the reading speed (AVX512-BF16), and around the products PyTorch runs some
-fifty small operations a layer.  Results differ from PyTorch's by the order of a sum, and in attention by fewer
-roundings; a number is computed by one thread in one order, so that the number of threads changes no bit.
+fifty small operations a layer.  Results differ from PyTorch's by the order of a sum.  In bf16 that is enough to part in
+every token, so that steps of more rows stay with the operations of the learner, to which they are mostly bit-equal:
+they would gain a tenth, and the log-probabilities of sampler and learner would be four times as far apart.
 
-Numba compiles the loops (`kernels.py`) when they are first used, in some five seconds, and keeps the result on disk.
-Its OpenMP layer takes the libgomp that PyTorch has loaded, so that both run on one set of threads.
+One thread computes a number, in one order, so that the number of threads changes no bit.  Numba compiles the loops
+(`kernels.py`) when they are first used, in some ten seconds, and keeps the result on disk.  Its OpenMP layer takes the
+libgomp that PyTorch has loaded, so that both run on one set of threads.
 """
 
 from functools import cache, lru_cache
@@ -14,61 +16,57 @@ from types import ModuleType
 
 import torch
 
-from rung.core.shapes import Float, Int, Tensor
-
-ROWS_A_THREAD = 32  # of a norm or a gate: with fewer, another thread costs more than it saves
+from rung.core.shapes import Float, Tensor
 
 
 def serves(x: Tensor) -> bool:
-    """May the functions below take tensors like this one?  In inference mode only: what a learner computes, with or
-    without gradients, comes from one set of operations, so that its ratios are exactly 1 before its first update."""
+    """May `block_sums` take a tensor like this one?  In inference mode only: what a learner computes, with gradients or
+    without, comes from one set of operations."""
     return torch.is_inference_mode_enabled() and _kernels(x.device.type, x.dtype) is not None
 
 
-def linear_of_one(x_1D: Float[Tensor, "1 D"], weight_ED: Float[Tensor, "E D"], bias_E: Tensor | None) -> Tensor:
-    """x @ weight.T + bias of a single row, [1, E]."""
+def serves_one(x: Tensor) -> bool:
+    """May the functions of one row?"""
+    return len(x) == 1 and serves(x)
+
+
+def linear(x_1D: Float[Tensor, "1 D"], weight_ED: Float[Tensor, "E D"], bias_E: Tensor | None) -> Float[Tensor, "1 E"]:
+    """x @ weight.T + bias."""
     out_1E = x_1D.new_empty(1, len(weight_ED))
     bias = 0 if bias_E is None else bias_E.data_ptr()
-    kernels = _loaded(x_1D)
-    kernels.linear_of_one(
-        _address(x_1D), _address(weight_ED), bias, _address(out_1E), *reversed(weight_ED.shape), _threads()
-    )
+    addresses = (_address(x_1D), _address(weight_ED), bias, _address(out_1E))
+    _loaded(x_1D).linear(*addresses, *reversed(weight_ED.shape), _threads())
     return out_1E
 
 
-def rms_norm(x_ND: Float[Tensor, "N D"], weight_D: Float[Tensor, "D"], eps: float) -> Float[Tensor, "N D"]:
+def rms_norm(x_1D: Float[Tensor, "1 D"], weight_D: Float[Tensor, "D"], eps: float) -> Float[Tensor, "1 D"]:
     """w * cast(x / sqrt(mean(x^2) + eps))."""
-    out_ND = torch.empty_like(x_ND)
-    parts = min(_threads(), 1 + len(x_ND) // ROWS_A_THREAD)
-    _loaded(x_ND).rms_norm(_address(x_ND), _address(weight_D), _address(out_ND), *x_ND.shape, eps, parts)
-    return out_ND
+    out_1D = torch.empty_like(x_1D)
+    _loaded(x_1D).rms_norm(_address(x_1D), _address(weight_D), _address(out_1D), x_1D.shape[1], eps)
+    return out_1D
 
 
-def silu_gate(gate_up_NE: Float[Tensor, "N E"]) -> Float[Tensor, "N F"]:
-    """silu(gate) * up of the two halves of each row."""
-    out_NF = gate_up_NE.new_empty(len(gate_up_NE), gate_up_NE.shape[1] // 2)
-    parts = min(_threads(), 1 + len(gate_up_NE) // ROWS_A_THREAD)
-    _loaded(gate_up_NE).silu_gate(_address(gate_up_NE), _address(out_NF), *out_NF.shape, parts)
-    return out_NF
+def silu_gate(gate_up_1E: Float[Tensor, "1 E"]) -> Float[Tensor, "1 F"]:
+    """silu(gate) * up of the two halves of the row."""
+    out_1F = gate_up_1E.new_empty(1, gate_up_1E.shape[1] // 2)
+    _loaded(gate_up_1E).silu_gate(_address(gate_up_1E), _address(out_1F), out_1F.shape[1])
+    return out_1F
 
 
 def attend(
-    qkv_RE: Float[Tensor, "R E"],
-    cos_R1d: Float[Tensor, "R 1 d"],
-    sin_R1d: Float[Tensor, "R 1 d"],
+    qkv_1E: Float[Tensor, "1 E"],
+    cos_11d: Float[Tensor, "1 1 d"],
+    sin_11d: Float[Tensor, "1 1 d"],
     rows_2SKCd: Float[Tensor, "2 S K C d"],
-    row_N: Int[Tensor, "N"],
+    row: int,
     heads: int,
-) -> Float[Tensor, "R O"]:
-    """A step of slots 0 .. N-1: turn q and k; k and v become row row_N[i] of slot i; attend to its rows up to that one.
-
-    Rows N .. R-1 of the result, of fillers, are zeros."""
+) -> Float[Tensor, "1 O"]:
+    """A step of slot 0: turn q and k; k and v become its row `row`; attend to its rows up to that one."""
     _, slots, kv_heads, capacity, head_dim = rows_2SKCd.shape
-    out_RO = qkv_RE.new_empty(len(qkv_RE), heads * head_dim)
-    out_RO[len(row_N) :] = 0
-    addresses = [_address(tensor) for tensor in (qkv_RE, cos_R1d, sin_R1d, rows_2SKCd, out_RO)]
-    _loaded(qkv_RE).attend(*addresses, row_N.numpy(), heads, kv_heads, head_dim, slots, capacity, _threads())
-    return out_RO
+    out_1O = qkv_1E.new_empty(1, heads * head_dim)
+    addresses = [_address(tensor) for tensor in (qkv_1E, cos_11d, sin_11d, rows_2SKCd, out_1O)]
+    _loaded(qkv_1E).attend(*addresses, row, heads, kv_heads, head_dim, slots, capacity, _threads())
+    return out_1O
 
 
 def block_sums(

@@ -24,11 +24,16 @@ def _compiled(function: Callable[..., Any], **options: Any) -> Any:
     return njit(error_model="numpy", fastmath=FLOATS, **options)(inspect.unwrap(function))
 
 
-def _kernel(function: Callable[..., Any]) -> Any:
+def _kept(function: Callable[..., Any], **options: Any) -> Any:
+    """The machine code stays on disk, where there is a folder for it; else every process compiles anew."""
     try:
-        return _compiled(function, parallel=True, cache=True)
-    except RuntimeError:  # no folder to keep the machine code in: it is compiled by every process
-        return _compiled(function, parallel=True)
+        return _compiled(function, cache=True, **options)
+    except RuntimeError:
+        return _compiled(function, **options)
+
+
+def _threaded(function: Callable[..., Any]) -> Any:
+    return _kept(function, parallel=True)
 
 
 def _pointer(_context: Any, _address: Any) -> Any:
@@ -82,8 +87,8 @@ def _dot(x_D, w_D):
     return total
 
 
-@_kernel
-def linear_of_one(x, weight, bias, out, width, outs, threads):
+@_threaded
+def linear(x, weight, bias, out, width, outs, threads):
     """out[e] = x . weight[e] + bias[e]; a bias of 0 is none."""
     x_D, w_ED = carray(_at(x), (width,)), carray(_at(weight), (outs, width))
     bias_E, out_E = carray(_at(bias), (outs,)), carray(_at(out), (outs,))
@@ -96,31 +101,27 @@ def linear_of_one(x, weight, bias, out, width, outs, threads):
             out_E[e] = _narrow(_dot(wide_D, w_ED[e]) + offset)
 
 
-@_kernel
-def rms_norm(x, weight, out, rows, width, eps, threads):
+@_kept
+def rms_norm(x, weight, out, width, eps):
     """Rounded twice, as `norm._normalised`: after the scale and after the weight."""
-    x_ND, w_D, out_ND = carray(_at(x), (rows, width)), carray(_at(weight), (width,)), carray(_at(out), (rows, width))
-    for t in prange(threads):
-        for n in range(rows * t // threads, rows * (t + 1) // threads):
-            total = np.float32(0)
-            for i in range(width):
-                total += _wide(x_ND[n, i]) * _wide(x_ND[n, i])
-            scale = np.float32(1) / np.float32(math.sqrt(total / np.float32(width) + np.float32(eps)))
-            for i in range(width):
-                out_ND[n, i] = _narrow(_wide(_narrow(_wide(x_ND[n, i]) * scale)) * _wide(w_D[i]))
+    x_D, w_D, out_D = carray(_at(x), (width,)), carray(_at(weight), (width,)), carray(_at(out), (width,))
+    total = np.float32(0)
+    for i in range(width):
+        total += _wide(x_D[i]) * _wide(x_D[i])
+    scale = np.float32(1) / np.float32(math.sqrt(total / np.float32(width) + np.float32(eps)))
+    for i in range(width):
+        out_D[i] = _narrow(_wide(_narrow(_wide(x_D[i]) * scale)) * _wide(w_D[i]))
 
 
-@_kernel
-def silu_gate(gate_up, out, rows, width, threads):
+@_kept
+def silu_gate(gate_up, out, width):
     """Rounded twice, as `mlp.silu_gate`: after silu and after the product."""
-    x_NE, out_NF = carray(_at(gate_up), (rows, 2 * width)), carray(_at(out), (rows, width))
-    for t in prange(threads):
-        for n in range(rows * t // threads, rows * (t + 1) // threads):
-            for i in range(width):
-                gate = _wide(x_NE[n, i])
-                low = _exp(-abs(gate))  # sigmoid(gate) = 1 / (1 + low), or low / (1 + low) below zero
-                silu = gate * (np.float32(1) if gate >= 0 else low) / (np.float32(1) + low)
-                out_NF[n, i] = _narrow(_wide(_narrow(silu)) * _wide(x_NE[n, width + i]))
+    x_E, out_F = carray(_at(gate_up), (2 * width,)), carray(_at(out), (width,))
+    for i in range(width):
+        gate = _wide(x_E[i])
+        low = _exp(-abs(gate))  # sigmoid(gate) = 1 / (1 + low), or low / (1 + low) below zero
+        silu = gate * (np.float32(1) if gate >= 0 else low) / (np.float32(1) + low)
+        out_F[i] = _narrow(_wide(_narrow(silu)) * _wide(x_E[width + i]))
 
 
 @_compiled
@@ -147,7 +148,7 @@ def _softmax(p_C):
         p_C[c] = power
         total += power
     for c in range(len(p_C)):
-        p_C[c] /= total
+        p_C[c] = _wide(_narrow(p_C[c] / total))
 
 
 @_compiled
@@ -166,41 +167,36 @@ def _mixture(p_C, v_Cd, sum_d):
             sum_d[i] += p_C[c] * _wide(v_Cd[c, i])
 
 
-@_kernel
-def attend(qkv, cos, sin, rows, out, row_N, heads, kv_heads, head_dim, slots, capacity, threads):
-    """One pair of a slot and a key-value head after another, with the query heads that share it."""
-    active, group = len(row_N), heads // kv_heads
-    qkv_NHd = carray(_at(qkv), (active, heads + 2 * kv_heads, head_dim))
-    cos_Nd, sin_Nd = carray(_at(cos), (active, head_dim)), carray(_at(sin), (active, head_dim))
+@_threaded
+def attend(qkv, cos, sin, rows, out, row, heads, kv_heads, head_dim, slots, capacity, threads):
+    """Slot 0: one key-value head after another, with the query heads that share it.
+
+    Scores and weights are rounded to bf16, as the learner's attention (`mixers/packed.py`) rounds them."""
+    group, count, scale = heads // kv_heads, row + 1, np.float32(1 / math.sqrt(head_dim))
+    qkv_Hd, out_Hd = carray(_at(qkv), (heads + 2 * kv_heads, head_dim)), carray(_at(out), (heads, head_dim))
+    cos_d, sin_d = carray(_at(cos), (head_dim,)), carray(_at(sin), (head_dim,))
     rows_2SKCd = carray(_at(rows), (2, slots, kv_heads, capacity, head_dim))
-    out_NHd = carray(_at(out), (active, heads, head_dim))
-    scale = np.float32(1 / math.sqrt(head_dim))
-    pairs = active * kv_heads
     for t in prange(threads):
         turned_d, sum_d = np.empty(head_dim, np.uint16), np.empty(head_dim, np.float32)
-        q_gd, p_gC = np.empty((group, head_dim), np.float32), np.empty((group, capacity), np.float32)
-        for pair in range(pairs * t // threads, pairs * (t + 1) // threads):
-            n, head = pair // kv_heads, pair % kv_heads
-            count = row_N[n] + 1
-            k_Cd, v_Cd = rows_2SKCd[0, n, head, :count], rows_2SKCd[1, n, head, :count]
-            _turn(qkv_NHd[n, heads + head], cos_Nd[n], sin_Nd[n], k_Cd[count - 1])
+        q_d, p_C = np.empty(head_dim, np.float32), np.empty(count, np.float32)
+        for head in range(kv_heads * t // threads, kv_heads * (t + 1) // threads):
+            k_Cd, v_Cd = rows_2SKCd[0, 0, head, :count], rows_2SKCd[1, 0, head, :count]
+            _turn(qkv_Hd[heads + head], cos_d, sin_d, k_Cd[row])
             for i in range(head_dim):
-                v_Cd[count - 1, i] = qkv_NHd[n, heads + kv_heads + head, i]
-            for g in range(group):
-                _turn(qkv_NHd[n, head * group + g], cos_Nd[n], sin_Nd[n], turned_d)
+                v_Cd[row, i] = qkv_Hd[heads + kv_heads + head, i]
+            for h in range(head * group, (head + 1) * group):
+                _turn(qkv_Hd[h], cos_d, sin_d, turned_d)
                 for i in range(head_dim):
-                    q_gd[g, i] = _wide(turned_d[i]) * scale
-            for c in range(count):
-                for g in range(group):
-                    p_gC[g, c] = _dot(q_gd[g], k_Cd[c])
-            for g in range(group):
-                _softmax(p_gC[g, :count])
-                _mixture(p_gC[g, :count], v_Cd, sum_d)
+                    q_d[i] = _wide(turned_d[i])
+                for c in range(count):
+                    p_C[c] = _wide(_narrow(_wide(_narrow(_dot(q_d, k_Cd[c]))) * scale))
+                _softmax(p_C)
+                _mixture(p_C, v_Cd, sum_d)
                 for i in range(head_dim):
-                    out_NHd[n, head * group + g, i] = _narrow(sum_d[i])
+                    out_Hd[h, i] = _narrow(sum_d[i])
 
 
-@_kernel
+@_threaded
 def block_sums(logits, beta_N, rows, vocabulary, block, top_NM, lse_NM, raw_NM, threads):
     """Of every block: the largest z = beta logit, log of the sum of exp(z), and the same sum at beta = 1."""
     logit_NV, blocks = carray(_at(logits), (rows, vocabulary)), top_NM.shape[1]

@@ -44,8 +44,8 @@ class KeptBlocks:
         if torch.is_grad_enabled():
             self.forget()  # fused optimisers do not count their changes, and learners need the memory
             return F.linear(x_ND, weight_ED, bias_E)
-        if len(x_ND) == 1 and fused.serves(x_ND):
-            return fused.linear_of_one(x_ND, weight_ED, bias_E)
+        if fused.serves_one(x_ND):
+            return fused.linear(x_ND, weight_ED, bias_E)
         if len(x_ND) > PACK_ROWS or not self._kept(weight_ED):
             return F.linear(x_ND, weight_ED, bias_E)
         return torch.ops.mkldnn._linear_pointwise.default(x_ND, self.blocks, bias_E, "none", [], "")

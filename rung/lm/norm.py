@@ -21,7 +21,7 @@ class RMSNorm(nn.Module):
     def forward(self, x_ND: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
         if torch.is_grad_enabled():
             return _Normalise.apply(x_ND, self.weight, self.eps)
-        if fused.serves(x_ND):
+        if fused.serves_one(x_ND):
             return fused.rms_norm(x_ND, self.weight, self.eps)
         return _normalised(x_ND, self.weight, self.eps)
 

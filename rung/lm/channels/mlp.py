@@ -30,7 +30,7 @@ def silu_gate(gate_up_TE: Float[Tensor, "T E"]) -> Float[Tensor, "T F"]:
     """silu(gate) * up of the two halves of the last dimension."""
     if torch.is_grad_enabled():
         return _SiluGate.apply(gate_up_TE)
-    if fused.serves(gate_up_TE):
+    if fused.serves_one(gate_up_TE):
         return fused.silu_gate(gate_up_TE)
     gate_TF, up_TF = gate_up_TE.chunk(2, -1)
     return F.silu(gate_TF).mul_(up_TF)

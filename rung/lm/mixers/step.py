@@ -38,8 +38,8 @@ class StepPlan:
 
     def attend(self, qkv_RE: Float[Tensor, "R E"], rows: Tensor | None) -> Float[Tensor, "R O"]:
         assert rows is not None
-        if fused.serves(qkv_RE):
-            return fused.attend(qkv_RE, self.cos_R1d, self.sin_R1d, rows, self.new.row_N, self.spec.heads)
+        if fused.serves_one(qkv_RE):
+            return fused.attend(qkv_RE, self.cos_R1d, self.sin_R1d, rows, int(self.new.row_N), self.spec.heads)
         heads, kv_heads, head_dim = self.spec.heads, self.spec.kv_heads, self.spec.head_dim
         active = len(self.new.slot_N)
         qkv_RHd = qkv_RE.view(-1, heads + 2 * kv_heads, head_dim)
