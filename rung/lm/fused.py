@@ -72,7 +72,7 @@ def attend(
 def block_sums(
     logits_NV: Float[Tensor, "N V"], beta_N1: Float[Tensor, "N 1"], block: int
 ) -> tuple[Float[Tensor, "N M"], Float[Tensor, "N M"], Float[Tensor, "N M"]]:
-    """Of every block of the vocabulary: the largest beta z, the log of the sum of exp(beta z), and that of exp(z)."""
+    """Of every block of `block` words (M of them): the largest beta z, log of the sum of exp(beta z), and of exp(z)."""
     rows, vocabulary = logits_NV.shape
     top_NM, lse_NM, raw_NM = (torch.empty(rows, -(-vocabulary // block)) for _ in range(3))
     numbers = (tensor.numpy() for tensor in (top_NM, lse_NM, raw_NM))

@@ -192,12 +192,13 @@ def test_the_self_test_notices_a_sampler_with_weights_of_its_own(folder, tmp_pat
         rung.train(tiny_recipe(folder), folder=tmp_path / "run")
 
 
+@pytest.mark.skipif(
+    not linear._worthwhile("cpu", torch.bfloat16), reason="this processor multiplies no bf16: nothing is kept"
+)
 def test_the_self_test_notices_blocks_of_a_weight_that_outlive_it(folder, tmp_path, monkeypatch):
     kept = linear.KeptBlocks._kept
     blind = lambda self, weight: self.blocks is not None or kept(self, weight)  # noqa: E731
     monkeypatch.setattr(linear.KeptBlocks, "_kept", blind)
-    if not linear._worthwhile("cpu", torch.bfloat16):
-        pytest.skip("this processor multiplies no bf16: nothing is kept")
     with pytest.raises(RungError, match="self-test failed"):
         rung.train(replace(tiny_recipe(folder), dtype="bf16"), folder=tmp_path / "run")
 
