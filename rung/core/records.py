@@ -1,7 +1,8 @@
 """Nouns made of tensors, small and frozen: the only values that cross a folder border besides `core.words`.
 
 One layout serves everything.  A `Layout` is a forest on one flat token axis: a packed batch is a forest of chains, a
-group's shared prompt is a node with G children, prefill is a chain, plain decoding one node, a draft a chain or a tree.
+prompt shared by samples (or the beginning shared by prompts) is a node with several children, prefill is a chain, plain
+decoding one node, a draft a chain or a tree.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +27,8 @@ class Layout:
     slot_T:     cache slot, or tree number where there is no cache; FILLER for padding
     position_T: absolute position in its sequence (what RoPE and the noise law see)
 
-    A token sees itself, its ancestors, and its slot's committed rows.  Parents come before their children.
+    A token sees itself, its ancestors, and its slot's committed rows.  Parents come before their children.  A parent
+    may be of another slot where both slots are empty: the child's slot then holds its ancestors too.
     All three are int64 of shape [T].
     """
 
@@ -54,14 +56,30 @@ class Layout:
         return Layout.concat(parts)
 
     @staticmethod
-    def group(prompt: int, completions: Sequence[int], *, slot: int = 0) -> "Layout":
-        """A shared prompt of `prompt` tokens (at least one) and the completions that continue it."""
-        parent, position, at = list(range(-1, prompt - 1)), list(range(prompt)), prompt
-        for length in completions:
-            parent += [prompt - 1, *range(at, at + length - 1)][:length]
-            position += range(prompt, prompt + length)
-            at += length
-        return Layout(torch.tensor(parent), torch.full((at,), slot), torch.tensor(position))
+    def trie(
+        sequences: Sequence[Sequence[int]], limits: Sequence[int], *, slots: Sequence[int] | None = None
+    ) -> tuple["Layout", list[int]]:
+        """Token sequences one after another, each continuing the one before it for as far as the two begin alike.
+
+        At most limits[i] tokens of sequence i are shared, and never its last one.  Returns the layout of what is left
+        of every sequence, and how many tokens each shares; slots default to 0, 1, ...
+        """
+        slots = range(len(sequences)) if slots is None else slots
+        parent: list[int] = []
+        slot: list[int] = []
+        position: list[int] = []
+        shared: list[int] = []
+        before: Sequence[int] = ()
+        path: list[int] = []  # where the tokens of `before` stand
+        for sequence, limit, own_slot in zip(sequences, limits, slots, strict=True):
+            common = _common(before, sequence, min(limit, len(sequence) - 1))
+            at, own = len(parent), len(sequence) - common
+            parent += [path[common - 1] if common else ROOT, *range(at, at + own - 1)]
+            slot += [own_slot] * own
+            position += range(common, len(sequence))
+            shared.append(common)
+            before, path = sequence, [*path[:common], *range(at, at + own)]
+        return Layout(torch.tensor(parent), torch.tensor(slot), torch.tensor(position)), shared
 
     @staticmethod
     def concat(parts: Sequence["Layout"]) -> "Layout":
@@ -83,6 +101,12 @@ class Layout:
                 seen_TT[row] = seen_TT[parent]
             seen_TT[row, row] = True  # a filler sees only itself
         return seen_TT
+
+
+def _common(one: Sequence[int], other: Sequence[int], limit: int) -> int:
+    """With how many equal tokens the two begin, up to a limit."""
+    pairs = zip(one[: max(limit, 0)], other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), max(limit, 0)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,9 +201,9 @@ class Counts:
 class PackedBatch:
     """A micro-batch: sequences on one flat axis, without padding, with the counts of the whole step.
 
-    tokens_T int64; trainable_T bool; sequence_T int64: number of the sequence that a token belongs to alone, -1 for a
-    prompt shared by a group and for filler; last_S: index on T of each sequence's last token; group_S: its group.
-    A trainable token's log-probability is read at its parent.  A sequence stays in one micro-batch.
+    tokens_T int64; trainable_T bool; sequence_T int64: number of the sequence that a token belongs to alone, -1 for
+    filler and for prompts that several sequences may share; last_S: index on T of each sequence's last token; group_S:
+    its group.  A trainable token's log-probability is read at its parent.  A sequence stays in one micro-batch.
     """
 
     tokens_T: Int[Tensor, "T"]

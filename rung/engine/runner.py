@@ -52,17 +52,19 @@ class Runner:
     def prefill(self, prompts: Mapping[int, Sequence[int]], samples: Sequence[int], laws: Laws) -> list[Drawn]:
         """Compute prompts (slot -> token ids) in one forward, and draw the first tokens, samples[i] of the i-th prompt.
 
-        Only a prompt's last row goes to the head, however many samples are drawn from it.
+        What a prompt has in common with the one before it is computed once; only its last row goes to the head.
         """
         lengths, slots = [len(ids) for ids in prompts.values()], torch.tensor(list(prompts))
-        filler = -sum(lengths) % TOKEN_BUCKET
-        layout = Layout.concat([Layout.chains(lengths, slots=list(prompts)), _fillers(filler)])
-        tokens = [token for ids in prompts.values() for token in ids] + [0] * filler
+        limits = lengths if self.decoder.branches else [0] * len(lengths)
+        trie, shared = Layout.trie(list(prompts.values()), limits, slots=list(prompts))
+        filler = -len(trie) % TOKEN_BUCKET
+        layout = Layout.concat([trie, _fillers(filler)])
+        tokens = [token for ids, n in zip(prompts.values(), shared, strict=True) for token in ids[n:]] + [0] * filler
         self._state.free(slots)
         hidden_TD = self.decoder.forward(torch.tensor(tokens, device=self.device), layout, self._state)
         path_SN = torch.arange(max(lengths)).expand(len(lengths), -1)
         self._state.commit(slots, path_SN, torch.tensor(lengths))
-        last_S = torch.tensor(lengths).cumsum(0) - 1
+        last_S = (torch.tensor(lengths) - torch.tensor(shared)).cumsum(0) - 1
         padded = torch.cat((last_S, last_S[:1].expand(row_bucket(len(last_S)) - len(last_S))))
         logits_SV = self.decoder.head(hidden_TD[padded.to(self.device)])
         of_N = torch.arange(len(lengths)).repeat_interleave(torch.tensor(samples))

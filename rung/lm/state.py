@@ -2,7 +2,8 @@
 
 A forward writes the rows of its new tokens behind the committed ones: the i-th new token of slot s (in the order of the
 layout) at row length_S[s] + i.  They are *pending* until `commit` accepts a path of them; the next forward overwrites
-what was not accepted.
+what was not accepted.  Where new tokens of an empty slot continue those of another one, the slot gets copies of these
+too, before its own: the beginning that several prompts share is computed once.
 
 Dead rows (behind the committed ones) may hold anything, even NaN: what an earlier sequence left.  A path that reads
 whole blocks of the cache asks `scrub` to zero them first, because a weight of zero times NaN is NaN.
@@ -22,7 +23,7 @@ ROW_BLOCK = 64  # rows of a slot exist in multiples of this, so that shapes (and
 
 @dataclass(frozen=True, eq=False)
 class Placement:
-    """Where the new rows of one forward go: for every token without filler its index on T, its slot, and its row."""
+    """Where the rows of one forward go: index of a token on T, slot, and row there; a shared token has several."""
 
     state: "KVState"
     index_N: Int[Tensor, "N"]
@@ -61,8 +62,7 @@ class KVState:
 
     def place(self, layout: Layout) -> Placement:
         """Announce a forward: its tokens get the rows behind the committed ones, which become pending."""
-        index_N = (layout.slot_T >= 0).nonzero()[:, 0]
-        slot_N = layout.slot_T[index_N]
+        index_N, slot_N = _seats(layout)
         count_S = torch.bincount(slot_N, minlength=self.slots)
         needed = int((self.length_S + count_S[: self.slots]).max())
         if len(count_S) > self.slots or needed > self.capacity:
@@ -75,6 +75,9 @@ class KVState:
             order_N = torch.argsort(slot_N, stable=True)
             first_S = count_S.cumsum(0) - count_S
             rank_N[order_N] = torch.arange(len(order_N)) - first_S[slot_N[order_N]]
+        assert len(slot_N) == int((layout.slot_T >= 0).sum()) or not bool(self.length_S[slot_N].any()), (
+            "only an empty slot can continue another one's tokens"
+        )
         self._abandon_pending()
         self.pending_S = count_S
         self._resize(min(-(-needed // ROW_BLOCK) * ROW_BLOCK, self.capacity))
@@ -149,3 +152,23 @@ class KVState:
             fresh[:, :used, :, :kept] = rows[:, :used, :, :kept]
             self.rows[layer] = fresh
         self.clean_S = torch.where(self.clean_S >= existing, wanted, self.clean_S)  # fresh rows are zeros
+
+
+def _seats(layout: Layout) -> tuple[Tensor, Tensor]:
+    """Which token's rows are wanted in which slot, in the order of each slot's rows."""
+    index_N = (layout.slot_T >= 0).nonzero()[:, 0]
+    slot_N = layout.slot_T[index_N]
+    parent_N = layout.parent_T[index_N]
+    across_N = (parent_N >= 0) & (layout.slot_T[parent_N.clamp(min=0)] != slot_N)
+    if not bool(across_N.any()):
+        return index_N, slot_N
+    above, owner = [], []
+    parents = layout.parent_T.tolist()
+    for parent, slot in zip(parent_N[across_N].tolist(), slot_N[across_N].tolist(), strict=True):
+        path = []
+        while parent >= 0:
+            path.append(parent)
+            parent = parents[parent]
+        above += path[::-1]
+        owner += [slot] * len(path)
+    return torch.cat((torch.tensor(above), index_N)), torch.cat((torch.tensor(owner), slot_N))

@@ -106,7 +106,7 @@ class GroupRL:
     updates_per_rollout: 1 is on-policy; more slices the step's groups, and logp_old is recomputed by the learner
     slots:           samples decoded at a time, at most; each holds a key-value cache of its own
     tokens_per_micro_batch: upper bound on the flat token axis of one forward and backward pass
-    share_prompts:   the group's prompt is computed once in the learner too
+    share_prompts:   what prompts have in common is computed once in the learner too
     dtype:           auto is bf16 where the machine multiplies it fast, else fp32
     eval_problems:   held-out problems answered greedily before the first step and after the last
     eval_every, validation_problems: steps between looks at a third set of problems; the best one's checkpoint is kept

@@ -1,11 +1,11 @@
 """From completions to packed micro-batches, and back.
 
-A `Sample` is one flat token stream.  `pack` lays samples on one token axis without padding; with `share_prompts`, the
-prompt of a group stands there once and its completions continue it.  Neither the split into micro-batches nor the
-sharing is visible to an objective: denominators are counted on the whole step before anything is split.
+A `Sample` is one flat token stream.  `pack` lays samples on one token axis without padding; with `share_prompts`, what
+a prompt has in common with the one before it (in a group: all of it) stands there once.  Neither the split into
+micro-batches nor the sharing is visible to an objective: denominators are counted on the whole step before it is cut.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -74,40 +74,25 @@ def split(samples: Sequence[Sample], *, tokens_per_batch: int, share_prompts: bo
 
 
 def pack_one(samples: Sequence[Sample], *, counts: Counts, share_prompts: bool = True) -> PackedBatch:
-    """One micro-batch of these samples, in this order; samples of a group that share a prompt must be neighbours."""
-    layouts: list[Layout] = []
-    tokens, trainable, sequence, last, at = [], [], [], [], 0
-    streams: dict[str, list[Tensor]] = {name: [] for name in samples[0].streams}
-    for run in _runs(samples) if share_prompts else [[i] for i in range(len(samples))]:
-        shared = samples[run[0]].prompt_length if len(run) > 1 else 0
-        if shared:
-            head = samples[run[0]]
-            tokens.append(head.token_ids[:shared])
-            trainable.append(torch.zeros(shared, dtype=torch.bool))
-            sequence.append(torch.full((shared,), -1))
-            for name, parts in streams.items():
-                parts.append(torch.zeros_like(head.streams[name][:shared]))
-            at += shared
-        for index in run:
-            sample = samples[index]
-            tokens.append(sample.token_ids[shared:])
-            trainable.append(sample.trainable[shared:])
-            sequence.append(torch.full((len(sample.token_ids) - shared,), index))
-            for name, parts in streams.items():
-                parts.append(sample.streams[name][shared:])
-            at += len(sample.token_ids) - shared
-            last.append(at - 1)
-        own = [len(samples[i].token_ids) - shared for i in run]
-        slot = len(layouts)
-        layouts.append(Layout.group(shared, own, slot=slot) if shared else Layout.chain(own[0], slot=slot))
+    """One micro-batch of these samples, in this order; prompts that begin alike are best neighbours."""
+    limits = [sample.prompt_length if share_prompts else 0 for sample in samples]
+    layout, shared = Layout.trie([sample.token_ids.tolist() for sample in samples], limits)
+
+    def joined(of: Callable[[Sample], Tensor]) -> Tensor:
+        return torch.cat([of(sample)[start:] for sample, start in zip(samples, shared, strict=True)])
+
+    def owner(index: int, length: int) -> Tensor:
+        return torch.where(torch.arange(length) < limits[index], -1, index)
+
+    lengths = [len(sample.token_ids) for sample in samples]
     return PackedBatch(
-        tokens_T=torch.cat(tokens),
-        layout=Layout.concat(layouts),
-        trainable_T=torch.cat(trainable),
-        sequence_T=torch.cat(sequence),
-        last_S=torch.tensor(last),
+        tokens_T=joined(lambda sample: sample.token_ids),
+        layout=layout,
+        trainable_T=joined(lambda sample: sample.trainable),
+        sequence_T=torch.cat([owner(i, length)[shared[i] :] for i, length in enumerate(lengths)]),
+        last_S=(torch.tensor(lengths) - torch.tensor(shared)).cumsum(0) - 1,
         group_S=torch.tensor([s.group_id for s in samples]),
-        streams={name: torch.cat(parts) for name, parts in streams.items()},
+        streams={name: joined(lambda sample: sample.streams[name]) for name in samples[0].streams},  # noqa: B023
         counts=counts,
     )
 
@@ -143,20 +128,3 @@ def inputs(batch: PackedBatch) -> tuple[Tensor, Layout, Tensor]:
     row_T = torch.where(parent_T >= 0, number_T[parent_T.clamp(min=0)], ROOT)
     layout = Layout(row_T[kept_T], batch.layout.slot_T[kept_T], batch.layout.position_T[kept_T])
     return batch.tokens_T[kept_T], layout, row_T
-
-
-def _runs(samples: Sequence[Sample]) -> list[list[int]]:
-    """Neighbouring samples of one group that share a prompt, as runs of indices."""
-    runs: list[list[int]] = []
-    for index, sample in enumerate(samples):
-        first = samples[runs[-1][0]] if runs else None
-        if (
-            first is not None
-            and first.group_id == sample.group_id
-            and first.prompt_length == sample.prompt_length > 0
-            and torch.equal(first.token_ids[: first.prompt_length], sample.token_ids[: sample.prompt_length])
-        ):
-            runs[-1].append(index)
-        else:
-            runs.append([index])
-    return runs

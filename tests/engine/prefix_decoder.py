@@ -67,6 +67,10 @@ class PrefixDecoder:
                 hidden.append(torch.full((self.vocabulary,), torch.nan))  # whoever reads a filler gets NaN
                 continue
             before = tuple(state.committed[slot]) if parent == ROOT else prefixes[parent]
+            if parent != ROOT and columns[2][parent] != slot:  # continues another slot's tokens, and holds them too
+                assert not state.committed[slot]
+                assert not state.pending[slot]
+                state.pending[slot] = list(before)
             assert position == len(before), f"slot {slot} holds {len(before)} tokens before; position {position} came"
             state.pending[slot].append(token)
             prefixes.append((*before, token))

@@ -104,6 +104,18 @@ def test_a_prompt_is_computed_once_however_many_samples_and_slots():
         assert len(decoded) == 9 * 3 == stats.row_steps
 
 
+def test_what_prompts_have_in_common_is_computed_once_in_a_forward():
+    decoder, beginning = PrefixDecoder(), tuple(range(10, 20))
+    prompts = [(*beginning, 1), (*beginning, 2, 3), (*beginning[:6], 4), beginning, beginning]
+    requests = [asking(prompt=prompt, keys=(i,), max_tokens=3) for i, prompt in enumerate(prompts)]
+    together, stats = Engine(decoder, slots=8).run(requests)
+    computed = [(s, p) for s, p in decoder.forwards[0] if s >= 0]
+    assert len(computed) == 11 + 2 + 1 + 4 + 1  # of an equal prompt the last token: its logits are wanted
+    assert stats.prompt_tokens == 11 + 12 + 7 + 10 + 10
+    alone = [Engine(PrefixDecoder()).run([request])[0][0] for request in requests]
+    assert [[c.token_ids for c in group] for group in together] == [[c.token_ids for c in group] for group in alone]
+
+
 def test_steps_put_slots_in_order_and_fillers_behind_up_to_a_bucket():
     decoder = PrefixDecoder()
     Engine(decoder, slots=64).run([asking(keys=range(n), max_tokens=3) for n in (3, 9, 20)])

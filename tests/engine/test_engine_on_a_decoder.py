@@ -69,6 +69,18 @@ def test_tokens_depend_neither_on_the_batch_nor_on_the_order_of_calls(temperatur
     assert_equal_up_to_near_ties(together, alone)
 
 
+def test_tokens_do_not_depend_on_what_prompts_have_in_common():
+    """Prompts behind one long beginning, served together and alone."""
+    decoder, beginning = tiny_decoder(), tuple(range(40, 90))
+    asked = [
+        GroupRequest(prompt_ids=(*beginning, *r.prompt_ids), keys=r.keys, sampling=r.sampling) for r in requests(6)
+    ]
+    alone = {}
+    for request in asked:
+        alone |= streams(Engine(decoder), [request])
+    assert_equal_up_to_near_ties(streams(Engine(decoder), asked), alone)
+
+
 def test_what_an_engine_served_before_changes_no_bit():
     """A resumed run begins with a fresh engine; the one that was never stopped does not."""
     decoder, asked = tiny_decoder(), requests(7)

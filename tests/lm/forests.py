@@ -1,5 +1,7 @@
 """Random layouts, and what every token of one must equal: a plain pass over its own sequence alone."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -39,6 +41,16 @@ def tree(rng: np.random.Generator, size: int, *, slot: int, start: int = 0, bush
     for above in parent:
         depth.append(start if above == ROOT else depth[above] + 1)
     return Layout(torch.tensor(parent), torch.full((size,), slot), torch.tensor(depth))
+
+
+def group(prompt: int, completions: Sequence[int], *, slot: int = 0) -> Layout:
+    """A shared prompt of `prompt` tokens (at least one) and the completions that continue it."""
+    parent, position, at = list(range(-1, prompt - 1)), list(range(prompt)), prompt
+    for length in completions:
+        parent += [prompt - 1, *range(at, at + length - 1)][:length]
+        position += range(prompt, prompt + length)
+        at += length
+    return Layout(torch.tensor(parent), torch.full((at,), slot), torch.tensor(position))
 
 
 def fillers(count: int) -> Layout:

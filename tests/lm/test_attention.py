@@ -6,7 +6,7 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
-from forests import Alone, assert_the_law, fillers, plainly, tiny_decoder, tokens, tree
+from forests import Alone, assert_the_law, fillers, group, plainly, tiny_decoder, tokens, tree
 
 from rung.core.records import Layout
 from rung.lm.config import AttentionSpec, RopeSpec
@@ -19,12 +19,15 @@ from rung.lm.mixers.step import StepPlan
 
 
 def random_packed_layout(rng: np.random.Generator) -> Layout:
-    """What a learner packs: groups (also of one, also with empty completions), chains, fillers in between."""
+    """What a learner packs: groups (also of one, also with empty completions), chains, trees, fillers in between."""
     parts = []
     for slot in range(rng.integers(1, 5)):
-        if rng.random() < 0.7:
+        kind = rng.random()
+        if kind < 0.3:
+            parts.append(tree(rng, int(rng.integers(1, 16)), slot=slot, bushy=0.3))
+        elif kind < 0.8:
             completions = rng.integers(0, 9, size=rng.integers(1, 5)).tolist()
-            parts.append(Layout.group(int(rng.integers(1, 9)), completions, slot=slot))
+            parts.append(group(int(rng.integers(1, 9)), completions, slot=slot))
         else:
             parts.append(Layout.chain(int(rng.integers(1, 14)), slot=slot))
         if rng.random() < 0.3:
@@ -41,7 +44,7 @@ def spec_of(decoder):
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_packed_groups_and_chains_equal_each_sequence_alone(seed):
+def test_packed_groups_chains_and_trees_equal_each_sequence_alone(seed):
     rng, decoder = np.random.default_rng(seed), tiny_decoder(kv_heads=seed % 3 + 1)
     layout = random_packed_layout(rng)
     assert isinstance(choose_plan(layout, spec_of(decoder), None, decoder.embedding.weight), PackedPlan)
@@ -53,7 +56,7 @@ def test_trees_equal_each_path_alone(seed):
     rng, decoder = np.random.default_rng(seed), tiny_decoder()
     deep = Layout(torch.tensor([-1, 0, 0, 2, 2]), torch.zeros(5).long(), torch.tensor([0, 1, 1, 2, 2]))
     layout = Layout.concat([tree(rng, 12, slot=1), fillers(2), deep, tree(rng, 9, slot=2, bushy=0.9)])
-    assert isinstance(choose_plan(layout, spec_of(decoder), None, decoder.embedding.weight), PlainPlan)
+    assert isinstance(choose_plan(layout, spec_of(decoder), None, decoder.embedding.weight), PackedPlan)
     assert_law(decoder, layout, tokens(rng, len(layout)))
 
 
@@ -81,7 +84,7 @@ def test_a_shared_prompt_collects_the_gradients_of_unshared_copies():
     rng, decoder = np.random.default_rng(3), tiny_decoder()
     prompt, completions = tokens(rng, 5), [tokens(rng, n) for n in (3, 7, 1)]
     lengths = [len(c) for c in completions]
-    shared = decoder(torch.tensor([*prompt, *chain.from_iterable(completions)]), Layout.group(5, lengths))[5:]
+    shared = decoder(torch.tensor([*prompt, *chain.from_iterable(completions)]), group(5, lengths))[5:]
     copies = torch.tensor([token for completion in completions for token in (*prompt, *completion)])
     unshared = decoder(copies, Layout.chains([5 + n for n in lengths]))
     unshared = torch.cat([part[5:] for part in unshared.split([5 + n for n in lengths])])
@@ -95,7 +98,7 @@ def test_linears_and_norms_see_every_token_of_a_group_once():
     for module in decoder.modules():
         if type(module).__name__ in ("Linear", "RMSNorm"):
             module.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape[0]))
-    layout = Layout.concat([Layout.group(6, [2, 5, 3]), Layout.group(4, [1, 1], slot=1)])
+    layout = Layout.concat([group(6, [2, 5, 3]), group(4, [1, 1], slot=1)])
     decoder(torch.zeros(len(layout), dtype=torch.int64), layout)
     prompts_and_completions = (6 + 2 + 5 + 3) + (4 + 1 + 1)
     assert seen == [prompts_and_completions] * (2 * 6 + 1)  # per block 2 norms and 4 matrices; the final norm
@@ -104,7 +107,7 @@ def test_linears_and_norms_see_every_token_of_a_group_once():
 @pytest.mark.parametrize("kind", ["packed", "tree"])
 def test_what_fillers_hold_changes_nothing_even_gradients(kind):
     rng, decoder = np.random.default_rng(0), tiny_decoder()
-    body = Layout.group(4, [3, 2]) if kind == "packed" else tree(rng, 9, slot=0)
+    body = group(4, [3, 2]) if kind == "packed" else tree(rng, 9, slot=0)
     layout, body_T = Layout.concat([fillers(1), body, fillers(3)]), tokens(rng, 9)
 
     def result(before: int, behind: list[int]):
@@ -119,9 +122,8 @@ def test_what_fillers_hold_changes_nothing_even_gradients(kind):
 def test_tiles_hold_every_query_once_with_little_padding(seed):
     rng = np.random.default_rng(seed)
     lengths = [int(n) for n in np.exp(rng.uniform(0, 6.5, size=60))]
-    layout = Layout.concat([Layout.group(30, lengths[:30]), Layout.chains(lengths[30:], slots=range(1, 31))])
+    layout = Layout.concat([group(30, lengths[:30]), Layout.chains(lengths[30:], slots=range(1, 31))])
     cut = pieces(layout)
-    assert cut is not None
     queries = sorted(query for piece in cut for query in range(piece.query, piece.query + piece.count))
     assert queries == list(range(len(layout)))
     found = tiles(cut, heads=9)
@@ -154,5 +156,5 @@ def test_two_kinds_of_attention_in_one_decoder_each_follow_their_own_plan():
     config = replace(base, blocks=(base.blocks[0], replace(base.blocks[1], mixer=other)))
     decoder = Decoder(config, torch.float64).init_(torch.Generator().manual_seed(0))
     rng = np.random.default_rng(0)
-    layout = Layout.group(5, [3, 4])
+    layout = group(5, [3, 4])
     assert_law(decoder, layout, tokens(rng, len(layout)))

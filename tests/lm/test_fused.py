@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forests import group
 
 from rung.core.records import Layout
 from rung.lm import fused
@@ -214,7 +215,7 @@ def test_kernels_serve_bf16_on_a_cpu_and_no_learner():
 def test_what_a_learner_scores_is_what_it_differentiates():
     config = llama(vocab_size=97, width=48, layers=3, heads=6, kv_heads=2, ffn_width=80)
     decoder = Decoder(config, torch.bfloat16).init_(torch.Generator().manual_seed(0))
-    tokens_T, layout = torch.arange(20), Layout.group(5, [7, 8])
+    tokens_T, layout = torch.arange(20), group(5, [7, 8])
     with torch.no_grad():
         scored_TD = decoder(tokens_T, layout)
     assert torch.equal(decoder(tokens_T, layout), scored_TD)

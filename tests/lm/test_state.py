@@ -73,8 +73,8 @@ class History:
             self.committed[target] = list(self.committed[source])
             self.kill(target, len(self.committed[target]))
 
-    def free(self) -> None:
-        slots = self.rng.permutation(SLOTS)[: self.rng.integers(1, 3)].tolist()
+    def free(self, slots: list[int] | None = None) -> None:
+        slots = self.rng.permutation(SLOTS)[: self.rng.integers(1, 3)].tolist() if slots is None else slots
         self.state.free(torch.tensor(slots))
         for slot in slots:
             self.committed[slot] = []
@@ -98,11 +98,28 @@ class History:
         parts = [tree(self.rng, n, slot=s, start=len(self.committed[s])) for s, n in zip(slots, sizes, strict=True)]
         self.forward(Layout.concat(parts))
 
+    def prompts(self) -> None:
+        """Prompts that begin alike, in slots that are empty: what they share is computed in one of them."""
+        slots = self.rng.permutation(SLOTS)[: self.rng.integers(1, SLOTS + 1)].tolist()
+        self.free(slots)
+        beginning = tokens(self.rng, 8)
+        prompts = [[*beginning[: self.rng.integers(9)], *tokens(self.rng, self.rng.integers(1, 5))] for _ in slots]
+        lengths = [len(prompt) for prompt in prompts]
+        trie, shared = Layout.trie(prompts, lengths, slots=slots)
+        layout = Layout.concat([trie, fillers(3)])
+        token_T = [token for prompt, start in zip(prompts, shared, strict=True) for token in prompt[start:]] + [0] * 3
+        hidden_TD = self.decoder(torch.tensor(token_T), layout, self.state)
+        assert_the_law(hidden_TD, self.alone, layout, token_T, self.committed, self.tolerance)
+        self.state.commit(torch.tensor(slots), torch.arange(max(lengths)).expand(len(slots), -1), torch.tensor(lengths))
+        for slot, prompt in zip(slots, prompts, strict=True):
+            self.committed[slot] = prompt
+            self.kill(slot, len(prompt))
+
     def happen(self) -> None:
         if max(map(len, self.committed.values())) > CAPACITY - 10:
             self.free()
             return
-        kinds = [self.step, self.step, self.step, self.chunks, self.trees, self.fork, self.free]
+        kinds = [self.step, self.step, self.step, self.chunks, self.trees, self.fork, self.free, self.prompts]
         self.rng.choice(kinds)()
 
 
@@ -183,6 +200,16 @@ def test_committing_rows_that_were_never_written_is_our_own_error():
     decoder(torch.zeros(2, dtype=torch.int64), Layout.chain(2), state)
     with pytest.raises(AssertionError, match="never written"):
         state.commit(torch.tensor([0]), torch.tensor([[0, 1, 2]]), torch.tensor([3]))
+
+
+def test_a_slot_that_holds_rows_cannot_continue_the_tokens_of_another():
+    decoder = tiny_decoder()
+    state = decoder.new_state(slots=2, capacity=5)
+    decoder(torch.zeros(1, dtype=torch.int64), Layout.chain(1, slot=1), state)
+    state.commit(torch.tensor([1]), torch.tensor([[0]]), torch.tensor([1]))
+    trie, _ = Layout.trie([[1, 2], [1, 3]], [2, 2])
+    with pytest.raises(AssertionError, match="only an empty slot"):
+        decoder(torch.zeros(3, dtype=torch.int64), trie, state)
 
 
 def test_nothing_is_differentiated_through_a_state():

@@ -49,6 +49,48 @@ def test_loss_and_gradient_do_not_depend_on_sharing_the_prompt():
     assert_equal_losses(loss_and_gradients(samples), loss_and_gradients(samples, share_prompts=False))
 
 
+def begin_alike(samples, beginning=(7, 8, 9)):
+    """The same samples with these tokens before every prompt, as a template puts them there."""
+    count = len(beginning)
+
+    def longer(values_T):
+        return torch.cat((values_T.new_zeros(count), values_T))
+
+    return [
+        replace(
+            s,
+            token_ids=torch.cat((torch.tensor(beginning), s.token_ids)),
+            origin=longer(s.origin),
+            trainable=longer(s.trainable),
+            policy_version=longer(s.policy_version),
+            prompt_length=s.prompt_length + count,
+            streams={name: longer(values_T) for name, values_T in s.streams.items()},
+        )
+        for s in samples
+    ]
+
+
+@pytest.mark.parametrize("method", [METHOD, *METHODS.values()], ids=["all", *METHODS])
+def test_loss_and_gradient_do_not_depend_on_sharing_what_prompts_begin_with(method):
+    samples = begin_alike(made_samples())
+    assert_equal_losses(loss_and_gradients(samples, method), loss_and_gradients(samples, method, share_prompts=False))
+
+
+def test_what_prompts_have_in_common_is_read_once():
+    """Two groups of three whose prompts begin with three equal tokens; what samples have in common is not shared."""
+    samples = begin_alike(made_samples(groups=2, size=3))
+    tokens_N, _, _ = inputs(pack_one(samples, counts=count(samples)))
+    prompts = [samples[i].token_ids[: samples[i].prompt_length].tolist() for i in (0, 3)]
+    alike = next(i for i, (a, b) in enumerate(zip(*prompts, strict=False)) if a != b)
+    assert alike >= 3
+    completions = sum(len(s.token_ids) - s.prompt_length - 1 for s in samples)
+    assert len(tokens_N) == sum(map(len, prompts)) - alike + completions
+
+    twins = [samples[0], samples[0]]  # the same answer drawn twice
+    batch = pack_one(twins, counts=count(twins))
+    assert int(batch.trainable_T.sum()) == 2 * (len(twins[0].token_ids) - twins[0].prompt_length)
+
+
 def test_loss_and_gradient_do_not_depend_on_the_order_of_groups_or_samples():
     samples = made_samples()
     assert_equal_losses(loss_and_gradients(samples), loss_and_gradients(samples[::-1]))

@@ -1,8 +1,8 @@
 """Softmax attention over a layout.  One plan per forward, shared by all layers, holds what depends on the layout alone.
 
 step     one new token per slot: a decoding step
-packed   chains and shared prompts without committed rows: the learner's batch, a prefill
-plain    every forest: trees, chunks behind committed rows, mixtures
+packed   any forest without committed rows: the learner's batch, a prefill
+plain    anything: chunks and trees behind committed rows, mixtures
 """
 
 import torch
@@ -12,7 +12,7 @@ from rung.core.records import Layout
 from rung.core.shapes import Float, Tensor
 from rung.lm.config import AttentionSpec
 from rung.lm.linear import Linear
-from rung.lm.mixers.packed import PackedPlan, pieces
+from rung.lm.mixers.packed import PackedPlan
 from rung.lm.mixers.plain import PlainPlan
 from rung.lm.mixers.step import StepPlan, is_step
 from rung.lm.state import Placement
@@ -25,9 +25,7 @@ def choose_plan(layout: Layout, spec: AttentionSpec, new: Placement | None, like
     if new is not None and is_step(new):
         return StepPlan.build(layout, spec, new, like)
     if new is None or not bool(new.state.length_S[new.slot_N].any()):
-        cut = pieces(layout)
-        if cut is not None:
-            return PackedPlan.build(layout, cut, spec, new, like)
+        return PackedPlan.build(layout, spec, new, like)
     return PlainPlan.build(layout, spec, new, like)
 
 

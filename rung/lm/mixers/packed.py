@@ -1,12 +1,12 @@
-"""Attention of a learner's packed batch, and of a prefill into empty slots: chains, and prompts shared by a group.
+"""Attention of a learner's packed batch, and of a prefill into empty slots: any forest without committed rows.
 
-Linears, norms and the head see every token once.  Only here tokens are gathered into rectangles: a *piece* is up to
-QUERY_BLOCK queries of one run with the keys before them (the run's prompt, then the run itself), a *tile* is pieces of
-like size, padded to the largest.  Key `j` of a piece is seen by its query `i` if j < visible + i: one rule for chains,
-completions and blocks of long runs.
+Linears, norms and the head see every token once.  Only here tokens are gathered into rectangles: a *run* is a stretch
+of tokens without a branch, a *piece* is up to QUERY_BLOCK queries of one run with the keys before them (the runs above
+it, then the run itself), a *tile* is pieces of like size, padded to the largest.  Key `j` of a piece is seen by its
+query `i` if j < visible + i: one rule for chains, completions and blocks of long runs.
 
 The backward pass is written out: scores are recomputed, so that a layer keeps nothing but q, k and v, and the rows of
-a shared prompt collect the gradients of all its completions in fp32.
+a shared prompt collect the gradients of all that continues it in fp32.
 """
 
 from collections.abc import Iterable
@@ -28,14 +28,13 @@ TILE_SCORES = 1 << 21  # scores of one tile, over all heads: the working set sta
 WASTE, SLACK = 1.25, 1 << 12  # a tile may hold this multiple of its useful scores per head, and this many more
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Piece:
-    """Queries [query, query + count); keys: the prompt's rows, then `visible - prompt_length + count - 1` own ones."""
+    """Queries [query, query + count); keys: the rows `above_P`, then `visible - P + count - 1` rows from `own` on."""
 
     query: int
     count: int
-    prompt: int
-    prompt_length: int
+    above_P: np.ndarray  # the ancestors of the run, in order
     own: int
     visible: int  # keys that the first query sees
 
@@ -44,28 +43,25 @@ class Piece:
         return self.visible + self.count - 1
 
 
-def pieces(layout: Layout) -> list[Piece] | None:
-    """Cut a layout into pieces, or None if a run hangs on a run that is not a root (a deeper tree)."""
+def pieces(layout: Layout) -> list[Piece]:
+    """Cut a layout into pieces; a run ends where something branches off, so that all of it is above what follows."""
     parent_T, slot_T = layout.parent_T.numpy(), layout.slot_T.numpy()
     starts_T = parent_T != np.arange(len(parent_T)) - 1
     starts_T[:1] = True
-    joint_N = parent_T[starts_T & (parent_T >= 0)]  # where something branches off, a run ends
+    joint_N = parent_T[starts_T & (parent_T >= 0)]
     starts_T[joint_N[joint_N + 1 < len(starts_T)] + 1] = True
-    run_T = np.cumsum(starts_T) - 1
     first_R = np.flatnonzero(starts_T)
     length_R = np.diff(first_R, append=len(parent_T))
+    paths = {-1: np.empty(0, np.int64)}  # of the last token of every run: its ancestors and itself
     found = []
     for first, length in zip(first_R.tolist(), length_R.tolist(), strict=True):
         if slot_T[first] < 0:
             continue
-        above, prompt, prompt_length = int(parent_T[first]), 0, 0
-        if above >= 0:
-            prompt, prompt_length = int(first_R[run_T[above]]), int(length_R[run_T[above]])
-            if parent_T[prompt] >= 0:
-                return None
+        above_P = paths[int(parent_T[first])]
+        paths[first + length - 1] = np.concatenate((above_P, np.arange(first, first + length)))
         for start in range(0, length, QUERY_BLOCK):
             count = min(QUERY_BLOCK, length - start)
-            found.append(Piece(first + start, count, prompt, prompt_length, first, prompt_length + start + 1))
+            found.append(Piece(first + start, count, above_P, first, len(above_P) + start + 1))
     return found
 
 
@@ -114,12 +110,10 @@ class PackedPlan:
     new: Placement | None
 
     @staticmethod
-    def build(
-        layout: Layout, cut: list[Piece], spec: AttentionSpec, new: Placement | None, like: Tensor
-    ) -> "PackedPlan":
+    def build(layout: Layout, spec: AttentionSpec, new: Placement | None, like: Tensor) -> "PackedPlan":
         heads, kv_heads = spec.heads, spec.kv_heads
         made, query_parts, key_parts, at_query, at_key = [], [], [], 0, 0
-        for group in tiles(cut, heads):
+        for group in tiles(pieces(layout), heads):
             query_BC, key_BN, visible_B = _rows(group, padding=len(layout))
             query_BHC = np.minimum(query_BC[:, None] * heads + np.arange(heads)[:, None], len(layout) * heads)
             key_BKN = key_BN[:, None] * (2 * kv_heads) + np.arange(kv_heads)[:, None]
@@ -151,15 +145,15 @@ def _rows(group: list[Piece], *, padding: int) -> tuple[np.ndarray, np.ndarray, 
 
     A query beyond its piece is `padding`; a key beyond its piece repeats the last one, which no query of it sees.
     """
-    column = {
-        name: np.array([getattr(piece, name) for piece in group])[:, None]
-        for name in ("query", "count", "prompt", "prompt_length", "own", "visible", "keys")
-    }
-    step_C, step_N = np.arange(column["count"].max()), np.arange(column["keys"].max())
-    query_BC = np.where(step_C < column["count"], column["query"] + step_C, padding)
-    own_BN = column["own"] + np.minimum(step_N, column["keys"] - 1) - column["prompt_length"]
-    key_BN = np.where(step_N < column["prompt_length"], column["prompt"] + step_N, own_BN)
-    return query_BC, key_BN, column["visible"][:, 0]
+    query_BC = np.full((len(group), max(piece.count for piece in group)), padding)
+    key_BN = np.empty((len(group), max(piece.keys for piece in group)), np.int64)
+    for query_C, key_N, piece in zip(query_BC, key_BN, group, strict=True):
+        above, keys = len(piece.above_P), piece.keys
+        query_C[: piece.count] = np.arange(piece.query, piece.query + piece.count)
+        key_N[:above] = piece.above_P
+        key_N[above:keys] = np.arange(piece.own, piece.own + keys - above)
+        key_N[keys:] = key_N[keys - 1]
+    return query_BC, key_BN, np.array([piece.visible for piece in group])
 
 
 class _Attend(torch.autograd.Function):
