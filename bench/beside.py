@@ -32,32 +32,51 @@ from rung.train.step import Learner
 
 SUPERVISED = Method(advantage="none", surrogate="pg", denominator="tokens")  # reward 1: minus the mean log-likelihood
 SUPERVISED_BATCH, SUPERVISED_LR, TIMED_STEPS = 64, 2e-5, 6
+PARTS = ("prompting", "supervised", "random")
 LENIENT_TOKENS = 64  # for the parser that takes any number: room to think aloud
 
 
 def main() -> None:
-    """All of it, one line each; about two and a half times the run's own minutes."""
+    """All of it, one line each; about four times the run's own minutes, half of them with random rewards."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a finished run of the default recipe")
-    folder = parser.parse_args().run
+    parser.add_argument("--only", choices=PARTS, default="", help="one part")
+    given = parser.parse_args()
+    folder = given.run
     run = open_run(folder)
     recipe = run.config(GroupRL)
     minutes = sum(r["seconds"] for r in run.read("metrics") if r["kind"] == "train") / 60
     use_threads(recipe.threads)
     print(", ".join(f"{name} {value}" for name, value in machine(recipe.threads).items()))
     print(f"{folder}: {recipe.num_steps} steps, {minutes:.1f} minutes; seed {recipe.seed}", flush=True)
-    for what, result in results(recipe, folder, minutes):
+    for what, result in results(recipe, folder, minutes, given.only):
         print(f"{what:<72} {result.accuracy:6.1%}  ({result.low:.1%} to {result.high:.1%}, {result.n})", flush=True)
         numbers = {name: getattr(result, name) for name in ("accuracy", "low", "high", "n", "ended")}
         record({"what": f"beside {folder.name}: {what}", **numbers})
 
 
-def results(recipe: GroupRL, folder: Path, minutes: float) -> Iterator[tuple[str, Evaluation]]:
+def results(recipe: GroupRL, folder: Path, minutes: float, only: str = "") -> Iterator[tuple[str, Evaluation]]:
     """Every measurement with its name, the cheap ones first."""
+    own = recipe.task
+    if only in ("", "prompting"):
+        yield from prompting(recipe, folder)
+    if only in ("", "supervised"):
+        model = supervised(recipe, minutes)
+        yield "supervised for as many minutes", greedy(recipe, model, own)
+    if only in ("", "random"):
+        coins = replace(recipe, name=f"{folder.name}-random-rewards", task=variant(own, "CoinFlips"))
+        with Display() as display:
+            flipped = train(coins, folder=folder.parent / coins.name, listener=display, or_resume=True)
+        model = load(flipped.folder / "model", dtype=recipe.dtype)
+        yield "the same recipe with random rewards", greedy(recipe, model, own)
+
+
+def prompting(recipe: GroupRL, folder: Path) -> Iterator[tuple[str, Evaluation]]:
+    """The base model and the trained one under other prompts, parsers and sums."""
     base, trained = load(recipe.model, dtype=recipe.dtype), load(folder / "model", dtype=recipe.dtype)
 
     def on(model: Model, task: TaskSpec, max_tokens: int = recipe.max_tokens) -> Evaluation:
-        return evaluate(model, task, problems=recipe.eval_problems, max_tokens=max_tokens)
+        return greedy(recipe, model, task, max_tokens)
 
     own = recipe.task
     asked = replace(own, options={**own.options, "opening": ""})
@@ -74,11 +93,11 @@ def results(recipe: GroupRL, folder: Path, minutes: float) -> Iterator[tuple[str
     )
     yield "base: three-digit sums", on(base, three)
     yield "trained on two digits: three-digit sums", on(trained, three)
-    yield "supervised for as many minutes", on(supervised(recipe, minutes), own)
-    coins = replace(recipe, name=f"{folder.name}-random-rewards", task=variant(own, "CoinFlips"))
-    with Display() as display:
-        flipped = train(coins, folder=folder.parent / coins.name, listener=display, or_resume=True)
-    yield "the same recipe with random rewards", on(load(flipped.folder / "model", dtype=recipe.dtype), own)
+
+
+def greedy(recipe: GroupRL, model: Model, task: TaskSpec, max_tokens: int = 0) -> Evaluation:
+    """The recipe's held-out problems."""
+    return evaluate(model, task, problems=recipe.eval_problems, max_tokens=max_tokens or recipe.max_tokens)
 
 
 def variant(task: TaskSpec, name: str) -> TaskSpec:

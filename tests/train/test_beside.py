@@ -117,3 +117,7 @@ def test_the_whole_command_prints_and_records_every_line(run, monkeypatch, tmp_p
     assert all(one["what"].removeprefix("beside sums: ") in out for one in seen)
     assert all(one["n"] == 5 for one in seen)
     assert (tmp_path / "sums-random-rewards" / "model").is_dir()
+    seen.clear()
+    monkeypatch.setattr(sys, "argv", ["beside", str(folder), "--only", "random"])
+    beside.main()
+    assert [one["what"] for one in seen] == ["beside sums: the same recipe with random rewards"]
