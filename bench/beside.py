@@ -11,6 +11,7 @@ import argparse
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from bench import beside_tasks
@@ -75,10 +76,7 @@ def prompting(recipe: GroupRL, folder: Path) -> Iterator[tuple[str, Evaluation]]
     """The base model and the trained one under other prompts, parsers and sums."""
     base, trained = load(recipe.model, dtype=recipe.dtype), load(folder / "model", dtype=recipe.dtype)
 
-    def on(model: Model, task: TaskSpec, max_tokens: int = recipe.max_tokens) -> Evaluation:
-        return greedy(recipe, model, task, max_tokens)
-
-    own = recipe.task
+    on, own = partial(greedy, recipe), recipe.task
     asked = replace(own, options={**own.options, "opening": ""})
     three = replace(own, options={**own.options, "digits": 3})
     yield "trained: the recipe's prompt and parser", on(trained, own)
@@ -95,9 +93,10 @@ def prompting(recipe: GroupRL, folder: Path) -> Iterator[tuple[str, Evaluation]]
     yield "trained on two digits: three-digit sums", on(trained, three)
 
 
-def greedy(recipe: GroupRL, model: Model, task: TaskSpec, max_tokens: int = 0) -> Evaluation:
-    """The recipe's held-out problems."""
-    return evaluate(model, task, problems=recipe.eval_problems, max_tokens=max_tokens or recipe.max_tokens)
+def greedy(recipe: GroupRL, model: Model, task: TaskSpec, max_tokens: int | None = None) -> Evaluation:
+    """On as many held-out problems as the recipe asks; max_tokens: of an answer, by default the recipe's."""
+    limit = recipe.max_tokens if max_tokens is None else max_tokens
+    return evaluate(model, task, problems=recipe.eval_problems, max_tokens=limit)
 
 
 def variant(task: TaskSpec, name: str) -> TaskSpec:

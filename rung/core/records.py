@@ -59,7 +59,7 @@ class Layout:
     def trie(
         sequences: Sequence[Sequence[int]], limits: Sequence[int], *, slots: Sequence[int] | None = None
     ) -> tuple["Layout", list[int]]:
-        """Token sequences one after another, each continuing the one before it for as far as the two begin alike.
+        """Sequences of at least one token, each continuing the one before it for as far as the two begin alike.
 
         At most limits[i] tokens of sequence i are shared, and never its last one.  Returns the layout of what is left
         of every sequence, and how many tokens each shares; slots default to 0, 1, ...
@@ -105,8 +105,8 @@ class Layout:
 
 def _common(one: Sequence[int], other: Sequence[int], limit: int) -> int:
     """With how many equal tokens the two begin, up to a limit."""
-    pairs = zip(one[: max(limit, 0)], other, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), max(limit, 0)))
+    pairs = zip(one[:limit], other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), limit))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,6 +35,7 @@ class Event:
 class EngineStats:
     """What a call cost; sums under +.  Outputs only: nothing reads them to decide.
 
+    prompt_tokens: of all prompts; a beginning that several share counts in each
     steps: decoding forwards;  row_steps: tokens they drew (steps x rows that were in use)
     A sample's first token comes from its prompt's forward, so sampled_tokens is row_steps + number of samples.
     """
