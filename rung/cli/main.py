@@ -24,6 +24,8 @@ VERBS: Mapping[str, str] = {
     "runs": "list the runs on this machine",
     "report": "write the report of a run",
     "models": "list the models that have a name",
+    "solve": "solve a finite Markov decision process exactly",
+    "figures": "compute the textbooks' figures anew",
 }
 FAILED, MISUNDERSTOOD, INTERRUPTED = 1, 2, 130
 

@@ -1,0 +1,212 @@
+"""The loops of exact planning over sparse rows, compiled by Numba; each has a twin in NumPy in `operators.py`.
+
+One thread computes a number, in one order: the number of threads changes no bit.  Arguments are arrays of one
+FiniteMDP; nothing is checked here.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import njit, prange
+
+
+def _compiled(function: Callable[..., Any], **options: Any) -> Any:
+    """Unwrapped first: the tests' shape checks wrap every function."""
+    return njit(error_model="numpy", **options)(inspect.unwrap(function))
+
+
+def _kept(function: Callable[..., Any], **options: Any) -> Any:
+    """The machine code stays on disk, where there is a folder for it; else every process compiles anew."""
+    try:
+        return _compiled(function, cache=True, **options)
+    except RuntimeError:
+        return _compiled(function, **options)
+
+
+def _kernel(function: Callable[..., Any]) -> Any:
+    return _kept(function, parallel=True)
+
+
+@_compiled
+def _q(n, row_N1, next_M, weight_M, reward_N, gamma, v_S):
+    total = 0.0
+    for m in range(row_N1[n], row_N1[n + 1]):
+        total += weight_M[m] * v_S[next_M[m]]
+    return reward_N[n] + gamma * total
+
+
+@_kernel
+def q_values(row_N1, next_M, weight_M, reward_N, gamma, v_S, q_N):
+    """q_N = reward + gamma P v."""
+    for n in prange(len(q_N)):
+        q_N[n] = _q(n, row_N1, next_M, weight_M, reward_N, gamma, v_S)
+
+
+@_kernel
+def backup(first_S1, row_N1, next_M, weight_M, reward_N, gamma, v_S, new_S, best_S):
+    """new_S = max of q over the pairs of each state, best_S its first pair; terminal: 0 and -1."""
+    for s in prange(len(new_S)):
+        highest, best = -np.inf, -1
+        for n in range(first_S1[s], first_S1[s + 1]):
+            q = _q(n, row_N1, next_M, weight_M, reward_N, gamma, v_S)
+            if q > highest:
+                highest, best = q, n
+        new_S[s], best_S[s] = (highest, best) if best >= 0 else (0.0, -1)
+
+
+@_kernel
+def follow(pair_S, row_N1, next_M, weight_M, reward_N, gamma, v_S, new_S):
+    """new_S = q of the pair pair_S[s]; 0 where that is -1."""
+    for s in prange(len(new_S)):
+        n = pair_S[s]
+        new_S[s] = _q(n, row_N1, next_M, weight_M, reward_N, gamma, v_S) if n >= 0 else 0.0
+
+
+@_kernel
+def apply(pair_S, row_N1, next_M, weight_M, gamma, x_S, out_S):
+    """out = (I - gamma P) x for the rows pair_S; x itself where that is -1."""
+    for s in prange(len(out_S)):
+        n, total = pair_S[s], 0.0
+        if n >= 0:
+            for m in range(row_N1[n], row_N1[n + 1]):
+                total += weight_M[m] * x_S[next_M[m]]
+        out_S[s] = x_S[s] - gamma * total
+
+
+@_compiled
+def _renewed(s, first_S1, row_N1, next_M, weight_M, reward_N, gamma, v_S):
+    """max over pairs of the value that a pair gives its own state for ever: loops to itself are summed up."""
+    highest, best = -np.inf, -1
+    for n in range(first_S1[s], first_S1[s + 1]):
+        total, stay = 0.0, 0.0
+        for m in range(row_N1[n], row_N1[n + 1]):
+            if next_M[m] == s:
+                stay += weight_M[m]
+            else:
+                total += weight_M[m] * v_S[next_M[m]]
+        free = 1.0 - gamma * stay
+        q = (reward_N[n] + gamma * total) / free if free > 1e-12 else reward_N[n] + gamma * (total + stay * v_S[s])
+        if q > highest:
+            highest, best = q, n
+    return (highest, best) if best >= 0 else (0.0, -1)
+
+
+@_kept
+def sweep_(order_S, first_S1, row_N1, next_M, weight_M, reward_N, gamma, v_S, best_S):
+    """Renew v_S in place, state by state in this order; loops to itself summed up."""
+    for s in order_S:
+        v_S[s], best_S[s] = _renewed(s, first_S1, row_N1, next_M, weight_M, reward_N, gamma, v_S)
+
+
+@_kept
+def distances_(state_N, row_N1, next_M, prob_M, ends_N, into_S1, into_M, queue_S, distance_S):
+    """Breadth first from the ends backwards; distance_S comes with 0 in terminal states and -1 elsewhere.
+
+    into_S1, into_M, queue_S: room for the reversed transitions and for the queue."""
+    for n in range(len(state_N)):
+        for m in range(row_N1[n], row_N1[n + 1]):
+            into_S1[next_M[m] + 1] += prob_M[m] > 0
+    for s in range(len(distance_S)):
+        into_S1[s + 1] += into_S1[s]
+    for n in range(len(state_N)):
+        for m in range(row_N1[n], row_N1[n + 1]):
+            if prob_M[m] > 0:
+                into_M[into_S1[next_M[m]]] = state_N[n]
+                into_S1[next_M[m]] += 1  # ends where the next state's begin
+    first, last = 0, 0
+    for s in range(len(distance_S)):
+        if distance_S[s] == 0:
+            queue_S[last] = s
+            last += 1
+    for n in range(len(state_N)):
+        if ends_N[n] and distance_S[state_N[n]] < 0:
+            distance_S[state_N[n]] = 1
+            queue_S[last] = state_N[n]
+            last += 1
+    while first < last:
+        s = queue_S[first]
+        first += 1
+        for m in range(into_S1[s - 1] if s else 0, into_S1[s]):
+            if distance_S[into_M[m]] < 0:
+                distance_S[into_M[m]] = distance_S[s] + 1
+                queue_S[last] = into_M[m]
+                last += 1
+
+
+@_kept
+def carve(rows, columns, order_S4, open_S4):
+    """A perfect maze: walk from cell 0 to a neighbour not yet seen, in the cell's order; back where there is none."""
+    seen = np.zeros(rows * columns, np.bool_)
+    path, tried = np.empty(rows * columns, np.int64), np.zeros(rows * columns, np.int8)
+    path[0], depth = 0, 1
+    seen[0] = True
+    while depth:
+        cell = path[depth - 1]
+        if tried[cell] == 4:
+            depth -= 1
+            continue
+        side = order_S4[cell, tried[cell]]
+        tried[cell] += 1
+        row, column = cell // columns, cell % columns
+        row, column = row + (side == 2) - (side == 0), column + (side == 1) - (side == 3)
+        there = row * columns + column
+        if 0 <= row < rows and 0 <= column < columns and not seen[there]:
+            seen[there] = True
+            open_S4[cell, side] = open_S4[there, (side + 2) % 4] = True
+            path[depth] = there
+            depth += 1
+
+
+@_compiled
+def _choose(q_A, pair_A, epsilon, coin, place):
+    """`walk.epsilon_greedy` of one state."""
+    highest, tied, legal = -np.inf, 0, 0
+    for a in range(len(q_A)):
+        if pair_A[a] >= 0:
+            legal += 1
+            if q_A[a] > highest:
+                highest, tied = q_A[a], 0
+            tied += q_A[a] == highest
+    wanted = int(place * (legal if coin < epsilon else tied))
+    for a in range(len(q_A)):
+        if pair_A[a] >= 0 and (coin < epsilon or q_A[a] == highest):
+            if wanted == 0:
+                return a
+            wanted -= 1
+    return -1
+
+
+@_kept
+def q_learn_(
+    pair_SA, below_PB, next_PB, reward_PB, discount_PB, ends_PB, below_S,
+    noise_TW, s, age, steps, max_steps, size, epsilon, q_SA,
+):  # fmt: skip
+    """Q-learning along one walk, a row of noise for each step, until noise or steps end; s = -1: begin with the first.
+
+    Returns state, age of its episode, and steps taken.  max_steps 0: episodes are not cut."""
+    taken = 0
+    for t in range(len(noise_TW)):
+        word_W = noise_TW[t]
+        if s < 0:
+            s = np.searchsorted(below_S, word_W[1], side="right")
+            continue
+        if taken == steps:
+            break
+        a = _choose(q_SA[s], pair_SA[s], epsilon, word_W[2], word_W[3])
+        n, b = pair_SA[s, a], 0
+        while word_W[0] >= below_PB[n, b]:
+            b += 1
+        there, best = next_PB[n, b], -np.inf
+        for other in range(q_SA.shape[1]):
+            if pair_SA[there, other] >= 0 and q_SA[there, other] > best:
+                best = q_SA[there, other]
+        target = reward_PB[n, b] + discount_PB[n, b] * (best if best > -np.inf else 0.0)
+        q_SA[s, a] += size * (target - q_SA[s, a])
+        age, taken = age + 1, taken + 1
+        if ends_PB[n, b] or age == max_steps:
+            s, age = np.searchsorted(below_S, word_W[1], side="right"), 0
+        else:
+            s = there
+    return s, age, taken
