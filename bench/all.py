@@ -1,11 +1,11 @@
 """Every bench, one after another, with the same options."""
 
-from bench import learner, memory, parted, rollout, sampling, step
+from bench import learner, memory, parted, planning, rollout, sampling, step
 
 
 def main() -> None:
     """The quick ones first."""
-    for bench in (sampling, parted, rollout, learner, step, memory):
+    for bench in (planning, sampling, parted, rollout, learner, step, memory):
         bench.main()
 
 

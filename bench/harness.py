@@ -109,10 +109,10 @@ class Worker:
         return json.loads(line)
 
 
-def options(about: str | None, *, parts: Sequence[str] = ()) -> Options:
-    """The command line of a bench; `parts` can be asked for alone."""
+def options(about: str | None, *, parts: Sequence[str] = (), model: bool = True) -> Options:
+    """The command line of a bench; `parts` can be asked for alone, and it may need no language model."""
     parser = argparse.ArgumentParser(description=about)
-    parser.add_argument("--model", default="smollm2-135m", help="packaged name or Hugging Face folder")
+    parser.add_argument("--model", default="smollm2-135m" if model else "", help="packaged name or Hugging Face folder")
     parser.add_argument("--repeats", type=int, default=5, help="counted turns of each side")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of each side")
     parser.add_argument("--quick", action="store_true", help="tiny sizes and one turn: shows that it runs, no more")
@@ -120,7 +120,7 @@ def options(about: str | None, *, parts: Sequence[str] = ()) -> Options:
         parser.add_argument("--only", choices=parts, default="", help="one part of this bench")
     given = parser.parse_args()
     return Options(
-        model=folder_of(given.model),
+        model=folder_of(given.model) if given.model else "",
         repeats=1 if given.quick else given.repeats,
         threads=given.threads,
         quick=given.quick,

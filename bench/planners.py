@@ -1,7 +1,8 @@
 """Sides of `bench.planning`: ours and the peers on the same raw arrays.
 
 A turn builds its own model from the arrays, solves it and certifies what came out; compiling happens in turn 0.  Every
-turn says how far its values are from a reference (1e-10, computed once), so that no side wins by stopping early.
+turn says how far its values are from a reference (by another method, to 1e-9, computed once), so that no side wins by
+stopping early.
 """
 
 import time
@@ -12,25 +13,30 @@ from typing import Any
 import numpy as np
 
 from rung.mdp import zoo
+from rung.mdp.certificates import ending_pairs
 from rung.mdp.finite import FiniteMDP
 from rung.mdp.planning import solve
 
-Turn = Callable[[int], Mapping[str, float]]
+Turn = Callable[[int], Mapping[str, Any]]
 EPSILON = 1e-6
 
 
 def ours(spec: Mapping[str, Any]) -> Turn:
-    """Rung's solver, from arrays to certified values."""
-    raw = model(spec)
+    """Rung's solver, from arrays to certified values; `anew`: from nothing, the drawing of the model included."""
+    raw = None if spec.get("anew") else model(spec)
 
-    def run() -> tuple[np.ndarray, dict[str, float]]:
-        mdp = FiniteMDP(**{name: getattr(raw, name) for name in raw.__dataclass_fields__})
-        found = solve(mdp, spec.get("method", "auto"), epsilon=EPSILON)
+    def run() -> tuple[np.ndarray, dict[str, Any]]:
+        if raw is None:
+            mdp = getattr(zoo, spec["model"])(**spec["options"])
+        else:
+            mdp = FiniteMDP(**{name: getattr(raw, name) for name in raw.__dataclass_fields__})
+        found = solve(mdp, epsilon=EPSILON)
         return found.v_S, {
             "iterations": found.iterations,
             "products": found.products,
             "policy_products": found.policy_products,
             "proved": found.error,
+            "solver": found.method,
         }
 
     return _timed(run, spec)
@@ -95,7 +101,9 @@ def pymdptoolbox(spec: Mapping[str, Any]) -> Turn:
 
 
 def scipy_policy_iteration(spec: Mapping[str, Any]) -> Turn:
-    """Policy iteration whose evaluations are SciPy's BiCGSTAB with a warm start, as a user writes it down."""
+    """Policy iteration whose evaluations are SciPy's BiCGSTAB with a warm start, as a user writes it down.
+
+    It begins where ours does, with the policy that goes to the goal; from an arbitrary one it takes minutes."""
     from scipy.sparse import csr_array, eye_array
     from scipy.sparse.linalg import bicgstab
 
@@ -106,14 +114,12 @@ def scipy_policy_iteration(spec: Mapping[str, Any]) -> Turn:
         matrix = raw.gamma * csr_array((raw.prob_M, raw.next_M, raw.row_N1), shape=(raw.num_pairs, states))
         acting = np.flatnonzero(~raw.terminal_S)
         starts = raw.first_S1[:-1][acting]
-        pair_s, v_S, improvements = starts.copy(), np.zeros(states), 0
+        pair_s, v_S, improvements = ending_pairs(raw)[acting], np.zeros(states), 0
         while True:
-            rows = csr_array((states, states), dtype=float).tolil()
             chosen = matrix[pair_s]
-            rows = csr_array(
-                (chosen.data, chosen.indices, np.insert(np.cumsum(_counts(chosen, acting, states)), 0, 0)),
-                shape=(states, states),
-            )
+            counts = np.zeros(states, np.int64)
+            counts[acting] = np.diff(chosen.indptr)
+            rows = csr_array((chosen.data, chosen.indices, np.insert(np.cumsum(counts), 0, 0)), shape=(states, states))
             reward_S = np.zeros(states)
             reward_S[acting] = raw.reward_N[pair_s]
             v_S, _ = bicgstab(eye_array(states, format="csr") - rows, reward_S, x0=v_S, rtol=0.0, atol=1e-10)
@@ -130,12 +136,6 @@ def scipy_policy_iteration(spec: Mapping[str, Any]) -> Turn:
     return _timed(run, spec)
 
 
-def _counts(rows: Any, acting: np.ndarray, states: int) -> np.ndarray:
-    counts = np.zeros(states, dtype=np.int64)
-    counts[acting] = np.diff(rows.indptr)
-    return counts
-
-
 @cache
 def _made(name: str, options: tuple[tuple[str, Any], ...]) -> FiniteMDP:
     return getattr(zoo, name)(**dict(options))
@@ -146,12 +146,12 @@ def model(spec: Mapping[str, Any]) -> FiniteMDP:
     return _made(spec["model"], tuple(spec["options"].items()))
 
 
-def _timed(run: Callable[[], tuple[np.ndarray, dict[str, float]]], spec: Mapping[str, Any]) -> Turn:
+def _timed(run: Callable[[], tuple[np.ndarray, dict[str, Any]]], spec: Mapping[str, Any]) -> Turn:
     reference: list[np.ndarray] = []
 
-    def turn(number: int) -> Mapping[str, float]:
-        if not reference and spec.get("check", True):
-            reference.append(solve(model(spec), "auto", epsilon=1e-9).v_S)
+    def turn(number: int) -> Mapping[str, Any]:
+        if not reference and "reference" in spec:
+            reference.append(solve(model(spec), spec["reference"], epsilon=1e-9).v_S)
         began = time.perf_counter()
         v_S, more = run()
         taken = time.perf_counter() - began

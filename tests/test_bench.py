@@ -144,7 +144,7 @@ def test_the_reward_of_the_step_benches_gives_every_group_a_signal():
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name", ["sampling", "parted", "rollout", "learner", "step", "memory"])
+@pytest.mark.parametrize("name", ["planning", "sampling", "parted", "rollout", "learner", "step", "memory"])
 def test_every_bench_runs_from_end_to_end(name):
     command = [sys.executable, "-m", f"bench.{name}", "--quick", "--threads", "1"]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

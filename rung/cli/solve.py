@@ -69,8 +69,8 @@ def run(args: list[str]) -> None:
 
 def _over(mdp: Any, steps: int) -> None:
     from rung.mdp import pictures
+    from rung.mdp.horizons import finite_horizon
     from rung.mdp.operators import q_values, ties
-    from rung.mdp.planning import finite_horizon
 
     if steps < 0:
         raise ConfigError(f"--horizon is a number of steps; got {steps}")
@@ -82,8 +82,8 @@ def _over(mdp: Any, steps: int) -> None:
 
 def _average(mdp: Any, epsilon: float) -> None:
     from rung.mdp import pictures
+    from rung.mdp.horizons import average_reward
     from rung.mdp.operators import q_values, ties
-    from rung.mdp.planning import average_reward
 
     found = average_reward(mdp, epsilon=epsilon)
     tied_N = ties(mdp, q_values(mdp.with_gamma(1.0), found.relative_S), tolerance=10 * epsilon)

@@ -20,6 +20,7 @@ import numpy as np
 
 from rung.core.errors import ModelError
 from rung.mdp.finite import FiniteMDP, Floats, Ints, sums
+from rung.mdp.linear import SMALL, krylov, rows_of, times
 from rung.mdp.operators import backup, greedy, modulus, policy_matrix, q_values, ties
 
 NEAR_ONE = 1e-12  # rows that sum to less than 1 by no more than this do not contract: their sum is a rounded 1
@@ -57,9 +58,7 @@ class Certifier:
         """Values to begin with: 0, or at gamma = 1 those of a policy that ends, from where iterates can only rise."""
         if self.ending_S is None:
             return np.zeros(self.mdp.num_states)
-        return factor(self.mdp, _one_hot(self.mdp, self.ending_S)).solve(
-            np.where(self.ending_S >= 0, self.mdp.reward_N[self.ending_S], 0.0)
-        )
+        return followed(self.mdp, self.ending_S, np.where(self.ending_S >= 0, self.mdp.reward_N[self.ending_S], 0.0))
 
     def __call__(self, v_S: Floats, next_S: Floats, pair_S: Ints) -> tuple[Bounds, Ints]:
         """From v, T v and a policy that is greedy for v: bounds, and the policy that reaches the lower one.
@@ -101,9 +100,8 @@ def contracts(mdp: FiniteMDP) -> bool:
 
 def rounding(mdp: FiniteMDP, *values: Floats) -> float:
     """What fp64 may round off the backup of these values: half a unit of the last place for each of its operations."""
-    longest = int(np.diff(mdp.row_N1).max(initial=0))
     largest = max(1.0, float(abs(mdp.reward_N).max(initial=0.0)), *(float(abs(v).max(initial=0.0)) for v in values))
-    return (2 + longest) * 2.3e-16 * largest
+    return (2 + mdp.longest_row) * 2.3e-16 * largest
 
 
 def discounted(mdp: FiniteMDP, v_S: Floats, next_S: Floats) -> Bounds:
@@ -154,10 +152,7 @@ def factor(mdp: FiniteMDP, pi_N: Floats) -> Any:
     from scipy.sparse.linalg import splu
 
     if not contracts(mdp):
-        endless = distances(mdp, allowed_N=pi_N > 0) < 0
-        if endless.any():
-            where = mdp.state_name(int(endless.argmax()))
-            raise ModelError(f"gamma is 1, and the policy does not end from {where}: its value is not defined")
+        _that_end(mdp, pi_N)
     try:
         return splu((eye_array(mdp.num_states) - policy_matrix(mdp, pi_N)[0]).tocsc())
     except RuntimeError as error:
@@ -166,13 +161,38 @@ def factor(mdp: FiniteMDP, pi_N: Floats) -> Any:
 
 def expected_steps(mdp: FiniteMDP, pair_S: Ints) -> Floats:
     """Steps until the end under the policy pair_S, [S]; 0 in terminal states.  Raises ModelError if it never comes."""
-    pi_N = _one_hot(mdp, pair_S)
-    steps_S = factor(mdp, pi_N).solve((pair_S >= 0).astype(float))
-    matrix, _ = policy_matrix(mdp, pi_N)
-    error_S = steps_S - matrix @ steps_S - (pair_S >= 0)
-    if not (np.isfinite(steps_S).all() and steps_S.max() < LONGEST and abs(error_S).max() < 1e-3):
+    acting_S = (pair_S >= 0).astype(float)
+    steps_S = followed(mdp, pair_S, acting_S)
+    natural_I = np.arange(mdp.num_states)
+    error_S = times(rows_of(mdp, pair_S, natural_I), steps_S) - acting_S
+    if not (
+        np.isfinite(steps_S).all() and steps_S.min() >= 0 and steps_S.max() < LONGEST and abs(error_S).max() < 1e-3
+    ):
         raise ModelError("the policy's expected length is so large that fp64 loses it")
     return steps_S
+
+
+def followed(mdp: FiniteMDP, pair_S: Ints, reward_S: Floats) -> Floats:
+    """What following the policy pair_S collects of these rewards: by a sparse LU, or by Krylov where S is large.
+
+    Raises ModelError where gamma is 1 and the policy does not end."""
+    pi_N = _one_hot(mdp, pair_S)
+    if mdp.num_states > SMALL:
+        rows = rows_of(mdp, pair_S, np.argsort(-_that_end(mdp, pi_N), kind="stable"))
+        x_S = krylov(rows, reward_S, np.zeros(mdp.num_states), gain=1e-12)[0]
+        lost_I = times(rows, x_S[rows.order_I]) - reward_S[rows.order_I]
+        if abs(lost_I).max() <= 1e-9 * max(1.0, float(abs(reward_S).max())):
+            return x_S
+    return factor(mdp, pi_N).solve(reward_S)
+
+
+def _that_end(mdp: FiniteMDP, pi_N: Floats) -> Ints:
+    """`distances` under a policy.  Raises ModelError, naming a state, where gamma is 1 and it does not end from it."""
+    distance_S = distances(mdp, allowed_N=pi_N > 0)
+    if not contracts(mdp) and (distance_S < 0).any():
+        where = mdp.state_name(int((distance_S < 0).argmax()))
+        raise ModelError(f"gamma is 1, and the policy does not end from {where}: its value is not defined")
+    return distance_S
 
 
 def _one_hot(mdp: FiniteMDP, pair_S: Ints) -> Floats:
@@ -181,11 +201,12 @@ def _one_hot(mdp: FiniteMDP, pair_S: Ints) -> Floats:
     return pi_N
 
 
-def ending_pairs(mdp: FiniteMDP, allowed_N: np.ndarray | None = None) -> Ints:
+def ending_pairs(mdp: FiniteMDP, allowed_N: np.ndarray | None = None, *, distance_S: Ints | None = None) -> Ints:
     """A policy that ends from every state: of the allowed pairs the likeliest to lead nearer to an end.
 
-    [S], -1 where terminal.  Raises ModelError, naming a state, where no end can be reached from it."""
-    distance_S = distances(mdp, allowed_N=allowed_N)
+    [S], -1 where terminal.  distance_S: `distances` of the allowed pairs, where they are known already.
+    Raises ModelError, naming a state, where no end can be reached from it."""
+    distance_S = distances(mdp, allowed_N=allowed_N) if distance_S is None else distance_S
     stuck = distance_S < 0
     if stuck.any():
         state = int(stuck.argmax())
@@ -203,11 +224,13 @@ def distances(mdp: FiniteMDP, *, allowed_N: np.ndarray | None = None, twin: bool
     """Fewest transitions of allowed pairs from each state to an end; 0: terminal, -1: none can be reached."""
     prob_M = mdp.prob_M if allowed_N is None else mdp.prob_M * np.repeat(allowed_N, np.diff(mdp.row_N1))
     distance_S = np.where(mdp.terminal_S, 0, -1)
-    ends_N = sums(mdp.prob_M, mdp.row_N1) < 1 - NEAR_ONE
+    ends_N = (mdp.weight_N if mdp.keep_M is None else sums(mdp.prob_M, mdp.row_N1)) < 1 - NEAR_ONE
     if mdp.keep_M is not None:
         ends_N |= sums(((prob_M > 0) & (mdp.keep_M < 1)).astype(float), mdp.row_N1) > 0
     if allowed_N is not None:
         ends_N &= allowed_N
+    if not (ends_N.any() or mdp.terminal_S.any()):
+        return distance_S
     if not twin:
         from rung.mdp.kernels import distances_
 

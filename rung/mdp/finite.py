@@ -84,6 +84,11 @@ class FiniteMDP:
         """Sum of weight_M over each row: the probability that the episode goes on."""
         return sums(self.weight_M, self.row_N1)
 
+    @cached_property
+    def longest_row(self) -> int:
+        """The most transitions of a pair."""
+        return int(np.diff(self.row_N1).max(initial=0))
+
     @property
     def terminal_S(self) -> NDArray[np.bool_]:
         """States without actions."""

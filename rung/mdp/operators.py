@@ -45,16 +45,6 @@ def follow(mdp: FiniteMDP, pair_S: Ints, v_S: Floats, *, twin: bool = False) -> 
     return new_S
 
 
-def residual_of(mdp: FiniteMDP, pair_S: Ints, x_S: Floats, *, twin: bool = False) -> Floats:
-    """(I - gamma P_pi) x: the matrix of policy evaluation times a vector."""
-    if twin:
-        flow_N = sums(mdp.weight_M * x_S[mdp.next_M], mdp.row_N1)
-        return x_S - mdp.gamma * np.where(pair_S >= 0, flow_N[pair_S], 0.0)
-    out_S = np.empty(mdp.num_states)
-    _kernels().apply(pair_S, *_rows(mdp), float(mdp.gamma), x_S, out_S)
-    return out_S
-
-
 def sweep_(mdp: FiniteMDP, order_S: Ints, v_S: Floats, best_S: Ints, *, twin: bool = False) -> None:
     """One Gauss-Seidel sweep in place: states in this order see what was renewed before them.
 

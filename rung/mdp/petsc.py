@@ -109,6 +109,10 @@ class _Problem:
         self.all_pairs = self._spread(self.matrix)
         self.values, self.flow = self.all_pairs.createVecs()
         self.small, self.large = self._weights()
+        self.unit = (
+            2 + self._extremes(self.own.counts_N.astype(float))[1]
+        ) * 2.3e-16  # fp64's part in a backup: see `certificates`
+        self.largest_reward = max(1.0, *map(abs, self._extremes(self.own.reward_N)))
 
     def evaluate(self) -> int:
         """values <- about v_pi; returns products."""
@@ -150,9 +154,11 @@ class _Problem:
         first_s = greedy_n[np.unique(owner_n, return_index=True)[1]]
         better_s = best_s > own_s + 1e-12 * np.maximum(1.0, abs(best_s))
         self.pair_s = np.where(better_s, first_s, self.pair_s)
+        slack = self.unit * max(self.largest_reward, *map(abs, self._extremes(next_S)))
         least, most = self._extremes(next_S - self.values.array)
-        lower = least * (self.large if least < 0 else self.small)
-        upper = most * (self.large if most > 0 else self.small)
+        least, most = least - slack, most + slack
+        lower = least * (self.large if least < 0 else self.small) - slack
+        upper = most * (self.large if most > 0 else self.small) + slack
         return next_S + self.acting * lower, next_S + self.acting * upper, upper - lower
 
     def actions(self) -> Ints:

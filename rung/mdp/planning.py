@@ -13,16 +13,16 @@ A product is one pass over the rows of all pairs, or of one policy where it says
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 
 from rung.core.errors import ConfigError, ModelError, nearest
-from rung.mdp.certificates import Bounds, Certifier, distances, factor
+from rung.mdp.certificates import Bounds, Certifier, distances, ending_pairs, factor
 from rung.mdp.finite import FiniteMDP, Floats, Ints, sums
-from rung.mdp.operators import backup, follow, q_values, residual_of, sweep_, ties
+from rung.mdp.linear import LONG_ROWS, SMALL, krylov, rows_of, times
+from rung.mdp.operators import backup, follow, q_values, sweep_, ties
 
-SMALL = 3_000  # states up to which a sparse LU is faster than anything iterative
 LARGEST_TRUNCATION = 400
 ENDING = ("policy", "krylov", "gmres")
 
@@ -82,7 +82,7 @@ def solve(
 
     Raises ConfigError for an unknown method, ModelError where gamma is 1 and no end can be reached, or where the bounds
     are not close enough after `max_iterations`."""
-    name, iterates = _method(method)
+    name, iterates = _method(choose(mdp) if method == "auto" else method)
     if epsilon is not None and not epsilon > 0:
         raise ConfigError(f"epsilon is a positive number; got {epsilon}")
     if epsilon is None and isinstance(method, str) and name not in ENDING:
@@ -173,21 +173,20 @@ def policy_iteration(
 
 
 def truncated_policy_iteration(mdp: FiniteMDP, sweeps: int | None = None) -> Iterator[Iterate]:
-    """v <- T_pi^sweeps v of the greedy policy; by default as many as still pay for themselves."""
+    """v <- T_pi^sweeps v of the greedy policy; by default until the policy's own changes spread a tenth as wide."""
     work = _Work(mdp)
-    v_S = work.certify.start()
-    adaptive = sweeps is None
-    sweeps = 10 if sweeps is None else sweeps
-    before_S: Ints | None = None
+    v_S, natural_I = work.certify.start(), np.arange(mdp.num_states)
     while True:
         next_S, pair_S = work.backup(v_S)
         yield work.iterate(v_S, next_S, pair_S)
-        if adaptive and before_S is not None:  # a policy that has settled deserves a longer evaluation
-            settled = float((pair_S == before_S).mean())
-            sweeps = min(LARGEST_TRUNCATION, sweeps * 2) if settled > 0.95 else max(5, sweeps // 2)
-        v_S, before_S = next_S, pair_S
-        for _ in range(sweeps):
-            v_S = work.follow(pair_S, v_S)
+        wanted, v_S = 1e-3 * float(np.ptp(next_S - v_S)), next_S
+        rows, reward_S = rows_of(mdp, pair_S, natural_I), work.rewards(pair_S)
+        for _ in range(LARGEST_TRUNCATION if sweeps is None else sweeps):
+            change_S = reward_S - times(rows, v_S)
+            v_S = v_S + change_S
+            work.policy_products += 1
+            if sweeps is None and np.ptp(change_S) <= wanted:
+                break
 
 
 def gauss_seidel(mdp: FiniteMDP) -> Iterator[Iterate]:
@@ -205,14 +204,20 @@ def gauss_seidel(mdp: FiniteMDP) -> Iterator[Iterate]:
         v_S = next_S
 
 
-def automatic(mdp: FiniteMDP) -> Iterator[Iterate]:
-    """Gauss-Seidel where an end can be reached from everywhere (values flow backwards from it), else truncated.
+def choose(mdp: FiniteMDP) -> str:
+    """The method that "auto" stands for: policy iteration where an end can be reached from everywhere, from a policy
+    that goes there, by Krylov if the model is large; else truncated, which lives off how fast states mix.
 
-    Policy iteration for a small model with gamma = 1: it alone notices a loop that pays for ever."""
-    if mdp.gamma == 1 and mdp.num_states <= SMALL:
-        return policy_iteration(mdp)
-    reached = (distances(mdp) >= 0).all()
-    return gauss_seidel(mdp) if reached else truncated_policy_iteration(mdp)
+    "policy" too for a small model with gamma = 1: it alone notices a loop that pays for ever."""
+    small, short = mdp.num_states <= SMALL, len(mdp.next_M) <= LONG_ROWS * mdp.num_pairs
+    if (mdp.gamma == 1 and small) or (short and (distances(mdp) >= 0).all()):
+        return "policy" if small else "krylov"
+    return "truncated"
+
+
+def automatic(mdp: FiniteMDP) -> Iterator[Iterate]:
+    """Whatever `choose` says."""
+    return METHODS[choose(mdp)](mdp)
 
 
 def prioritized_sweeping(mdp: FiniteMDP) -> Iterator[Iterate]:
@@ -251,51 +256,6 @@ def prioritized_sweeping(mdp: FiniteMDP) -> Iterator[Iterate]:
         next_S, pair_S = work.backup(v_S)
 
 
-def finite_horizon(mdp: FiniteMDP, steps: int, *, final_S: Floats | None = None) -> tuple[Floats, Ints]:
-    """Backward induction: the best value with t steps to go, [steps + 1, S], and its pairs, [steps, S]."""
-    v_TS, pair_TS = np.zeros((steps + 1, mdp.num_states)), np.zeros((steps, mdp.num_states), np.int64)
-    if final_S is not None:
-        v_TS[0] = final_S
-    for t in range(steps):
-        v_TS[t + 1], pair_TS[t] = backup(mdp, v_TS[t])
-    return v_TS, pair_TS
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Gain:
-    """Average reward a step of the best policy, lower <= gain <= upper, and its relative values."""
-
-    gain: float
-    lower: float
-    upper: float
-    relative_S: Floats
-    pair_S: Ints
-    iterations: int
-
-
-def average_reward(
-    mdp: FiniteMDP, *, epsilon: float = 1e-6, max_iterations: int = 1_000_000, stay: float = 0.1
-) -> Gain:
-    """Relative value iteration, with a chance to stay put so that nothing is periodic.  [Puterman 1994, 8.5.5]
-
-    Raises ModelError for episodes that end, or when no common gain is found (several classes of states)."""
-    if mdp.terminal_S.any() or (mdp.weight_N < 1 - 1e-9).any():
-        raise ModelError("an average reward needs episodes that never end; this model ends them")
-    endless, v_S = mdp.with_gamma(1.0), np.zeros(mdp.num_states)
-    for count in range(1, max_iterations + 1):
-        next_S, pair_S = backup(endless, v_S)
-        next_S = (1 - stay) * next_S + stay * v_S
-        change_S = (next_S - v_S) / (1 - stay)
-        lower, upper = float(change_S.min()), float(change_S.max())
-        v_S = next_S - next_S[0]
-        if upper - lower <= 2 * epsilon:
-            middle = (lower + upper) / 2
-            return Gain(gain=middle, lower=lower, upper=upper, relative_S=v_S, pair_S=pair_S, iterations=count)
-    raise ModelError(
-        f"after {max_iterations} iterations the gain lies between {lower:.6g} and {upper:.6g}: several classes?"
-    )
-
-
 def evaluate(mdp: FiniteMDP, pi_N: Floats) -> Floats:
     """v_pi by a sparse direct solve of (I - gamma P_pi) v = r_pi.  Raises ModelError if gamma is 1 and it never ends.
 
@@ -314,13 +274,23 @@ class _Work:
         self.products += 1
         return backup(self.mdp, v_S)
 
-    def follow(self, pair_S: Ints, v_S: Floats) -> Floats:
-        self.policy_products += 1
-        return follow(self.mdp, pair_S, v_S)
+    @cached_property
+    def distance_S(self) -> Ints:
+        return distances(self.mdp)
+
+    @cached_property
+    def order_I(self) -> Ints:
+        """Farthest from an end first: how `linear` likes its rows."""
+        return np.argsort(-self.distance_S, kind="stable")
+
+    def rewards(self, pair_S: Ints) -> Floats:
+        return np.where(pair_S >= 0, self.mdp.reward_N[pair_S], 0.0)
 
     def first_policy(self) -> Ints:
         if self.certify.ending_S is not None:
             return self.certify.ending_S
+        if (self.distance_S >= 0).all():
+            return ending_pairs(self.mdp, distance_S=self.distance_S)
         return np.where(self.mdp.terminal_S, -1, self.mdp.first_S1[:-1])
 
     def ends(self, pair_S: Ints, *, certain: bool) -> bool:
@@ -341,21 +311,9 @@ class _Work:
         return evaluate(self.mdp, pi_N)
 
     def krylov(self, pair_S: Ints, v_S: Floats, method: str) -> Floats:
-        from scipy.sparse.linalg import LinearOperator, bicgstab, gmres
-
-        states = self.mdp.num_states
-        reward_S = np.where(pair_S >= 0, self.mdp.reward_N[pair_S], 0.0)
-
-        def times(x_S: Floats) -> Floats:
-            self.policy_products += 1
-            return residual_of(self.mdp, pair_S, x_S)
-
-        operator = LinearOperator((states, states), matvec=times, dtype=float)
-        start_residual = float(np.abs(reward_S - times(v_S)).max())
-        close = {"rtol": 0.0, "atol": max(1e-12, 1e-3 * start_residual)}
-        if method == "gmres":
-            return gmres(operator, reward_S, x0=v_S, maxiter=200, **close)[0]
-        return bicgstab(operator, reward_S, x0=v_S, maxiter=2000, **close)[0]
+        v_S, products = krylov(rows_of(self.mdp, pair_S, self.order_I), self.rewards(pair_S), v_S, method)
+        self.policy_products += products
+        return v_S
 
     def iterate(self, v_S: Floats, next_S: Floats, pair_S: Ints) -> Iterate:
         found, pair_S = self.certify(v_S, next_S, pair_S)

@@ -75,7 +75,7 @@ def test_with_states_seen_a_plan_costs_minus_its_rewards_and_its_entropy():
 
 def test_without_chance_the_best_plan_is_that_of_the_finite_horizon():
     """Four states in a ring, deterministic moves: entropy is 0, so the least G is the largest sum of rewards."""
-    from rung.mdp.planning import finite_horizon
+    from rung.mdp.horizons import finite_horizon
 
     prob, entered = np.zeros((4, 2, 4)), np.array([0.0, 1.0, 0.3, 2.0])
     for s in range(4):

@@ -7,9 +7,10 @@ from published import PUBLISHED, rounds_to
 
 from rung.core.errors import ModelError
 from rung.mdp import finite, zoo
+from rung.mdp.horizons import finite_horizon
 from rung.mdp.operators import backup
 from rung.mdp.oracle import epsilon_greedy, epsilon_soft_optimum, oracle, uniform
-from rung.mdp.planning import finite_horizon, solve
+from rung.mdp.planning import solve
 from rung.mdp.zoo.grids import places
 
 

@@ -10,18 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rung.core.errors import ConfigError, ModelError
-from rung.mdp import finite, operators, zoo
-from rung.mdp.certificates import bounds, distances
+from rung.mdp import certificates, finite, operators, planning, zoo
+from rung.mdp.certificates import bounds, distances, ending_pairs, expected_steps
+from rung.mdp.horizons import average_reward, finite_horizon, relative_value_iteration
 from rung.mdp.oracle import oracle
-from rung.mdp.planning import (
-    METHODS,
-    average_reward,
-    evaluate,
-    finite_horizon,
-    policy_iteration,
-    solve,
-    truncated_policy_iteration,
-)
+from rung.mdp.planning import METHODS, choose, evaluate, policy_iteration, solve, truncated_policy_iteration
 
 
 def random_model(seed: int, *, gamma: float | None = None, ends: bool = False) -> finite.FiniteMDP:
@@ -232,7 +225,6 @@ def test_the_operators_are_monotone_contract_and_equal_their_twins(seed, other):
         (operators.q_values, (low_S,)),
         (operators.backup, (low_S,)),
         (operators.follow, (pair_S, low_S)),
-        (operators.residual_of, (pair_S, low_S)),
     ):
         ours, twin = function(mdp, *args), function(mdp, *args, twin=True)
         for one, same in zip(np.atleast_2d(ours), np.atleast_2d(twin), strict=True):
@@ -340,8 +332,42 @@ def test_the_average_reward_of_a_wheel():
     found = average_reward(finite.from_dict(model, 1.0), epsilon=1e-9)
     assert found.lower <= 1.5 <= found.upper
     assert found.gain == pytest.approx(1.5, abs=1e-8)
+    iterates = list(itertools.islice(relative_value_iteration(finite.from_dict(model, 1.0)), 20))
+    assert all(one.lower - 1e-12 <= 1.5 <= one.upper + 1e-12 for one in iterates)
+    assert iterates[-1].upper - iterates[-1].lower < 0.1 * (iterates[0].upper - iterates[0].lower)
     with pytest.raises(ModelError, match="needs episodes that never end"):
         average_reward(zoo.chain(3))
+    with pytest.raises(ModelError, match="several classes"):
+        average_reward(finite.from_arrays(np.eye(2)[:, None], np.array([[0.0], [1.0]]), 1.0), max_iterations=50)
+
+
+def test_auto_looks_at_the_model():
+    wide = finite.from_arrays(np.full((60, 1, 60), 0.9 / 60), np.zeros((60, 1)), 0.9)
+    for mdp, name in (
+        (zoo.open_maze(9, 9), "policy"),
+        (zoo.open_maze(80, 80), "krylov"),
+        (zoo.garnet(50, 2, 3, gamma=0.9), "truncated"),
+        (zoo.gambler(), "policy"),
+        (wide, "truncated"),
+    ):
+        assert choose(mdp) == name
+        assert solve(mdp).method == name
+
+
+def test_with_gamma_one_large_models_are_followed_by_krylov(monkeypatch):
+    """Expected steps and values like those of the LU; a policy that does not end is named."""
+    mdp = zoo.open_maze(14, 14, gamma=1.0)
+    by_lu, pair_S = solve(mdp), ending_pairs(mdp)
+    steps_S = expected_steps(mdp, pair_S)
+    monkeypatch.setattr(certificates, "SMALL", 0)
+    monkeypatch.setattr(planning, "SMALL", 0)
+    monkeypatch.setattr(certificates, "factor", None)  # would be called, and fail
+    assert np.allclose(expected_steps(mdp, pair_S), steps_S, rtol=1e-8)
+    found = solve(mdp)
+    assert found.method == "krylov"
+    assert abs(found.v_S - by_lu.v_S).max() <= found.error + by_lu.error
+    with pytest.raises(ModelError, match="does not end from"):
+        expected_steps(mdp, np.where(pair_S >= 0, mdp.first_S1[:-1], -1))
 
 
 def test_methods_and_epsilon_are_checked_by_name():

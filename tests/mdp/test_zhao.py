@@ -6,9 +6,10 @@ from published import LETTERS, PUBLISHED, rounds_to
 
 from rung.mdp import zoo
 from rung.mdp.finite import FiniteMDP
+from rung.mdp.horizons import finite_horizon
 from rung.mdp.operators import backup
 from rung.mdp.oracle import epsilon_greedy, epsilon_soft_optimum, oracle, uniform
-from rung.mdp.planning import finite_horizon, solve
+from rung.mdp.planning import solve
 from rung.mdp.values import fourier, polynomial
 
 TERRIBLE = {"forbidden_reward": -10.0}

@@ -10,9 +10,10 @@ import numpy as np
 from rung.mdp import zoo
 from rung.mdp.figures.base import Figure, Maker, grid_picture, letters, optimal_picture, rows
 from rung.mdp.finite import FiniteMDP, Floats
+from rung.mdp.horizons import finite_horizon
 from rung.mdp.operators import backup, policy_matrix, policy_of, q_values, ties
 from rung.mdp.oracle import epsilon_greedy, epsilon_soft_optimum, oracle, uniform
-from rung.mdp.planning import finite_horizon, policy_iteration, solve
+from rung.mdp.planning import policy_iteration, solve
 from rung.mdp.values import fourier, polynomial
 
 TERRIBLE = -10.0  # the reward of a forbidden cell from figure 3.4 (d) on
