@@ -198,7 +198,7 @@ def observable(mdp: FiniteMDP, temperature: float, state: int) -> Generative:
         raise ModelError("active inference needs every action to be legal in every state")
     states = mdp.num_states
     transition_USZ = np.zeros((mdp.num_actions, states, states))
-    owner_M = np.repeat(np.arange(mdp.num_pairs), np.diff(mdp.row_N1))
+    owner_M = np.repeat(np.arange(mdp.num_pairs), mdp.counts_N)
     np.add.at(transition_USZ, (mdp.action_N[owner_M], mdp.state_N[owner_M], mdp.next_M), mdp.prob_M)
     paid_M = mdp.reward_N[owner_M] if mdp.reward_M is None else mdp.reward_M
     entered_S = np.zeros(states)

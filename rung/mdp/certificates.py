@@ -176,7 +176,7 @@ def followed(mdp: FiniteMDP, pair_S: Ints, reward_S: Floats) -> Floats:
     """What following the policy pair_S collects of these rewards: by a sparse LU, or by Krylov where S is large.
 
     Raises ModelError where gamma is 1 and the policy does not end."""
-    pi_N = _one_hot(mdp, pair_S)
+    pi_N = one_hot(mdp, pair_S)
     if mdp.num_states > SMALL:
         rows = rows_of(mdp, pair_S, np.argsort(-_that_end(mdp, pi_N), kind="stable"))
         x_S = krylov(rows, reward_S, np.zeros(mdp.num_states), gain=1e-12)[0]
@@ -195,7 +195,8 @@ def _that_end(mdp: FiniteMDP, pi_N: Floats) -> Ints:
     return distance_S
 
 
-def _one_hot(mdp: FiniteMDP, pair_S: Ints) -> Floats:
+def one_hot(mdp: FiniteMDP, pair_S: Ints) -> Floats:
+    """The policy that takes pair pair_S[s] in state s (-1: terminal), as probabilities [N]."""
     pi_N = np.zeros(mdp.num_pairs)
     pi_N[pair_S[pair_S >= 0]] = 1.0
     return pi_N
@@ -214,7 +215,7 @@ def ending_pairs(mdp: FiniteMDP, allowed_N: np.ndarray | None = None, *, distanc
             f"gamma is 1, and from {mdp.state_name(state)} no end can be reached ({int(stuck.sum())} such states): "
             "values would be infinite or undefined. Use gamma < 1, average_reward, or end the episode somewhere"
         )
-    own_M = np.repeat(distance_S[mdp.state_N], np.diff(mdp.row_N1))
+    own_M = np.repeat(distance_S[mdp.state_N], mdp.counts_N)
     nearer_M = np.where(distance_S[mdp.next_M] < own_M, mdp.weight_M, 0.0)
     chance_N = 1 - mdp.weight_N + sums(nearer_M, mdp.row_N1)
     return greedy(mdp, chance_N if allowed_N is None else np.where(allowed_N, chance_N, -np.inf))[1]
@@ -222,9 +223,9 @@ def ending_pairs(mdp: FiniteMDP, allowed_N: np.ndarray | None = None, *, distanc
 
 def distances(mdp: FiniteMDP, *, allowed_N: np.ndarray | None = None, twin: bool = False) -> Ints:
     """Fewest transitions of allowed pairs from each state to an end; 0: terminal, -1: none can be reached."""
-    prob_M = mdp.prob_M if allowed_N is None else mdp.prob_M * np.repeat(allowed_N, np.diff(mdp.row_N1))
+    prob_M = mdp.prob_M if allowed_N is None else mdp.prob_M * np.repeat(allowed_N, mdp.counts_N)
     distance_S = np.where(mdp.terminal_S, 0, -1)
-    ends_N = (mdp.weight_N if mdp.keep_M is None else sums(mdp.prob_M, mdp.row_N1)) < 1 - NEAR_ONE
+    ends_N = mdp.chance_N < 1 - NEAR_ONE
     if mdp.keep_M is not None:
         ends_N |= sums(((prob_M > 0) & (mdp.keep_M < 1)).astype(float), mdp.row_N1) > 0
     if allowed_N is not None:

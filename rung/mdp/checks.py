@@ -30,18 +30,13 @@ def check(mdp: Any) -> None:
     if not np.isfinite(mdp.reward_N).all():
         pair = int((~np.isfinite(mdp.reward_N)).argmax())
         raise ModelError(f"{_pair(mdp, pair)}: the reward is {mdp.reward_N[pair]}; it must be finite")
-    filled_N = np.diff(mdp.row_N1) > 0
-    total_N, mean_N = np.zeros(mdp.num_pairs), np.zeros(mdp.num_pairs)
-    if filled_N.any():
-        total_N[filled_N] = np.add.reduceat(mdp.prob_M, mdp.row_N1[:-1][filled_N])
-    if (total_N > 1 + ROUNDING).any():
-        pair = int(total_N.argmax())
+    if (mdp.chance_N > 1 + ROUNDING).any():
+        pair = int(mdp.chance_N.argmax())
         raise ModelError(
-            f"{_pair(mdp, pair)}: the probabilities sum to {total_N[pair]:.12g}; at most 1 (less: the rest ends)"
+            f"{_pair(mdp, pair)}: the probabilities sum to {mdp.chance_N[pair]:.12g}; at most 1 (less: the rest ends)"
         )
     if mdp.reward_M is not None:
-        if filled_N.any():
-            mean_N[filled_N] = np.add.reduceat(mdp.prob_M * mdp.reward_M, mdp.row_N1[:-1][filled_N])
+        mean_N = mdp.mean_of(mdp.reward_M)
         wrong_N = abs(mean_N - mdp.reward_N) > 1e-9 * max(1.0, float(abs(mdp.reward_M).max(initial=0.0)))
         if wrong_N.any():
             pair = int(wrong_N.argmax())

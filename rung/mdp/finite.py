@@ -80,14 +80,28 @@ class FiniteMDP:
         return np.repeat(np.arange(self.num_states), np.diff(self.first_S1))
 
     @cached_property
+    def counts_N(self) -> Ints:
+        """How many transitions each pair has."""
+        return np.diff(self.row_N1)
+
+    @cached_property
+    def chance_N(self) -> Floats:
+        """Sum of prob_M over each row: what is missing to 1 ends the episode without a transition."""
+        return sums(self.prob_M, self.row_N1)
+
+    @cached_property
     def weight_N(self) -> Floats:
         """Sum of weight_M over each row: the probability that the episode goes on."""
-        return sums(self.weight_M, self.row_N1)
+        return self.chance_N if self.keep_M is None else sums(self.weight_M, self.row_N1)
 
     @cached_property
     def longest_row(self) -> int:
         """The most transitions of a pair."""
-        return int(np.diff(self.row_N1).max(initial=0))
+        return int(self.counts_N.max(initial=0))
+
+    def mean_of(self, numbers_M: Floats) -> Floats:
+        """Sum over each row of probability times a number, [N]."""
+        return sums(self.prob_M * numbers_M, self.row_N1)
 
     @property
     def terminal_S(self) -> NDArray[np.bool_]:

@@ -66,20 +66,19 @@ def follow(pair_S, row_N1, next_M, weight_M, reward_N, gamma, v_S, new_S):
         new_S[s] = _q(n, row_N1, next_M, weight_M, reward_N, gamma, v_S) if n >= 0 else 0.0
 
 
-@_kept
-def gather_(order_I, place_S, pair_S, row_N1, next_M, weight_M, gamma, first_I1, place_K, value_K, diagonal_I):
-    """The rows pair_S of I - gamma P side by side, in the order order_I; entries as the model has them."""
-    k, first_I1[0] = 0, 0
-    for i in range(len(order_I)):
-        n, own = pair_S[uint64(order_I[i])], 1.0
+@_kernel
+def gather_(taken_I, place_S, row_N1, next_M, weight_M, gamma, first_I1, place_K, value_K, diagonal_I):
+    """The rows taken_I of I - gamma P side by side; entries as the model has them, a loop as 0 and on the diagonal."""
+    for i in prange(len(taken_I)):
+        n, k, own = taken_I[i], uint64(first_I1[i]), 1.0
         for m in range(uint64(row_N1[n] if n >= 0 else 0), uint64(row_N1[n + 1] if n >= 0 else 0)):
             place, weight = place_S[uint64(next_M[m])], gamma * weight_M[m]
+            place_K[k], value_K[k] = place, -weight
             if place == i:
                 own -= weight
-            elif weight != 0.0:
-                place_K[uint64(k)], value_K[uint64(k)] = place, -weight
-                k += 1
-        diagonal_I[i], first_I1[i + 1] = own, k
+                value_K[k] = 0.0
+            k += uint64(1)
+        diagonal_I[i] = own
 
 
 @_kept

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from rung.mdp.finite import FiniteMDP, Floats, Ints
 
-RELAXED = 0.9  # of what is dropped goes to the diagonal; below 1 the factors of a policy that ends stay regular
+RELAXED = 0.8  # of what is dropped goes to the diagonal; below 1 the factors of a policy that ends stay regular
 SMALL = 3_000  # states up to which a sparse LU is faster than anything iterative
 LONG_ROWS = 32  # mean entries of a row beyond which even an incomplete factorisation costs more than it saves
 
@@ -26,7 +26,7 @@ class Rows:
     """The rows of a matrix, one a state, in an order of elimination.
 
     order_I: the state at each place;  first_I1: where the entries of a row begin, [S + 1];  diagonal_I: the diagonal
-    place_K, value_K: column and value of the entries off the diagonal; those of one place add up
+    place_K, value_K: column and value of the entries off the diagonal; those of one place add up, and 0 on it is nothing
     """
 
     order_I: Ints
@@ -46,20 +46,13 @@ def rows_of(mdp: FiniteMDP, pair_S: Ints, order_I: Ints, *, twin: bool = False) 
             row = slice(mdp.row_N1[pair_S[s]], mdp.row_N1[pair_S[s] + 1])
             np.subtract.at(matrix[place_S[s]], place_S[mdp.next_M[row]], mdp.gamma * mdp.weight_M[row])
         return _rows(order_I, matrix)
-    taken = pair_S[order_I]
-    most_I = np.where(taken >= 0, np.diff(mdp.row_N1)[taken], 0)
-    first_I1, diagonal_I = np.empty(states + 1, np.int64), np.empty(states)
-    place_K, value_K = np.empty(int(most_I.sum()), np.int32), np.empty(int(most_I.sum()))
+    taken_I = pair_S[order_I]
+    first_I1, diagonal_I = np.zeros(states + 1, np.int64), np.empty(states)
+    np.cumsum(np.where(taken_I >= 0, mdp.counts_N[taken_I], 0), out=first_I1[1:])
+    place_K, value_K = np.empty(first_I1[-1], np.int32), np.empty(first_I1[-1])
     arrays = (mdp.row_N1, mdp.next_M, mdp.weight_M, float(mdp.gamma))
-    _kernels().gather_(order_I, place_S, pair_S, *arrays, first_I1, place_K, value_K, diagonal_I)
-    entries = int(first_I1[-1])
-    return Rows(
-        order_I=order_I,
-        first_I1=first_I1,
-        place_K=place_K[:entries],
-        value_K=value_K[:entries],
-        diagonal_I=diagonal_I,
-    )
+    _kernels().gather_(taken_I, place_S, *arrays, first_I1, place_K, value_K, diagonal_I)
+    return Rows(order_I=order_I, first_I1=first_I1, place_K=place_K, value_K=value_K, diagonal_I=diagonal_I)
 
 
 def times(rows: Rows, x_I: Floats, *, twin: bool = False) -> Floats:
@@ -87,6 +80,7 @@ def incomplete_lu(rows: Rows, relaxed: float = RELAXED, *, twin: bool = False) -
         return _rows(rows.order_I, matrix)
     beside = _beside(rows)
     beside.sum_duplicates()  # and ascending in each row
+    beside.eliminate_zeros()
     factors = Rows(
         order_I=rows.order_I,
         first_I1=beside.indptr,

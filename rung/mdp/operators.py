@@ -124,8 +124,8 @@ def policy_matrix(mdp: FiniteMDP, pi_N: Floats):  # type: ignore[no-untyped-def]
     """gamma P_pi as a SciPy CSR matrix [S, S], and the expected reward of each state [S]."""
     from scipy import sparse
 
-    owner_M = np.repeat(mdp.state_N, np.diff(mdp.row_N1))
-    weight_M = mdp.gamma * mdp.weight_M * np.repeat(pi_N, np.diff(mdp.row_N1))
+    owner_M = np.repeat(mdp.state_N, mdp.counts_N)
+    weight_M = mdp.gamma * mdp.weight_M * np.repeat(pi_N, mdp.counts_N)
     shape = (mdp.num_states, mdp.num_states)
     return sparse.csr_array((weight_M, (owner_M, mdp.next_M)), shape=shape), sums(pi_N * mdp.reward_N, mdp.first_S1)
 
@@ -135,8 +135,8 @@ def under(mdp: FiniteMDP, policy: Numbers) -> FiniteMDP:
 
     Whatever solves it evaluates the policy, with the same bounds: `solve(under(mdp, policy), "krylov")`."""
     pi_N = policy_of(mdp, policy)
-    counts_N, acting = np.diff(mdp.row_N1), ~mdp.terminal_S
-    missing_N = 1 - sums(mdp.prob_M, mdp.row_N1)
+    counts_N, acting = mdp.counts_N, ~mdp.terminal_S
+    missing_N = 1 - mdp.chance_N
     leaks = np.flatnonzero(missing_N > 1e-12)  # what ends without a transition gets one of its own, that keeps nothing
     owner_M = np.r_[np.repeat(mdp.state_N, counts_N), mdp.state_N[leaks]]
     rewards_N = mdp.reward_N if mdp.reward_M is None else np.zeros(mdp.num_pairs)

@@ -152,13 +152,13 @@ class Oracle:
     def variance_S(self) -> Floats:
         """Variance of the discounted return from each state."""
         mdp, values = self.mdp, self.v_S
-        owner_M = np.repeat(np.arange(mdp.num_pairs), np.diff(mdp.row_N1))
+        owner_M = np.repeat(np.arange(mdp.num_pairs), mdp.counts_N)
         rewards = mdp.reward_N[owner_M] if mdp.reward_M is None else mdp.reward_M
         keep_M = np.ones(len(mdp.next_M)) if mdp.keep_M is None else mdp.keep_M
         deviation_M = rewards + mdp.gamma * keep_M * values[mdp.next_M] - values[mdp.state_N[owner_M]]
-        missing_N = 1 - sums(mdp.prob_M, mdp.row_N1)  # what ends without a transition
+        missing_N = 1 - mdp.chance_N  # what ends without a transition
         ended_N = missing_N * (mdp.reward_N * (mdp.reward_M is None) - values[mdp.state_N]) ** 2
-        local_N = sums(mdp.prob_M * deviation_M**2, mdp.row_N1) + ended_N
+        local_N = mdp.mean_of(deviation_M**2) + ended_N
         squared = FiniteMDP(
             first_S1=mdp.first_S1,
             action_N=mdp.action_N,

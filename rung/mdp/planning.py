@@ -18,12 +18,13 @@ from functools import cached_property, partial
 import numpy as np
 
 from rung.core.errors import ConfigError, ModelError, nearest
-from rung.mdp.certificates import Bounds, Certifier, distances, ending_pairs, factor
+from rung.mdp.certificates import Bounds, Certifier, distances, ending_pairs, factor, one_hot
 from rung.mdp.finite import FiniteMDP, Floats, Ints, sums
 from rung.mdp.linear import LONG_ROWS, SMALL, krylov, rows_of, times
 from rung.mdp.operators import backup, follow, q_values, sweep_, ties
 
-LARGEST_TRUNCATION = 400
+LARGEST_TRUNCATION = 400  # sweeps
+SPREAD = 1e-3  # of the changes of a backup: where sweeps of its policy end
 ENDING = ("policy", "krylov", "gmres")
 
 
@@ -173,14 +174,15 @@ def policy_iteration(
 
 
 def truncated_policy_iteration(mdp: FiniteMDP, sweeps: int | None = None) -> Iterator[Iterate]:
-    """v <- T_pi^sweeps v of the greedy policy; by default until the policy's own changes spread a tenth as wide."""
+    """v <- T_pi^sweeps v of the greedy policy; by default until its changes spread SPREAD times as wide."""
     work = _Work(mdp)
-    v_S, natural_I = work.certify.start(), np.arange(mdp.num_states)
+    v_S, natural_I, followed_S = work.certify.start(), np.arange(mdp.num_states), None
     while True:
         next_S, pair_S = work.backup(v_S)
         yield work.iterate(v_S, next_S, pair_S)
-        wanted, v_S = 1e-3 * float(np.ptp(next_S - v_S)), next_S
-        rows, reward_S = rows_of(mdp, pair_S, natural_I), work.rewards(pair_S)
+        wanted, v_S = SPREAD * float(np.ptp(next_S - v_S)), next_S
+        if followed_S is None or not np.array_equal(pair_S, followed_S):
+            rows, reward_S, followed_S = rows_of(mdp, pair_S, natural_I), work.rewards(pair_S), pair_S
         for _ in range(LARGEST_TRUNCATION if sweeps is None else sweeps):
             change_S = reward_S - times(rows, v_S)
             v_S = v_S + change_S
@@ -226,7 +228,7 @@ def prioritized_sweeping(mdp: FiniteMDP) -> Iterator[Iterate]:
 
     work = _Work(mdp)
     v_S = work.certify.start()
-    owner_M = np.repeat(mdp.state_N, np.diff(mdp.row_N1))
+    owner_M = np.repeat(mdp.state_N, mdp.counts_N)
     order_M = np.argsort(mdp.next_M, kind="stable")
     first_S1 = np.concatenate(([0], np.cumsum(np.bincount(mdp.next_M, minlength=mdp.num_states))))
     leads_M = owner_M[order_M]
@@ -297,18 +299,14 @@ class _Work:
         """Does this policy end?  If it does not and its gain is certain, a loop pays, which is an error."""
         if self.certify.contracts:
             return True
-        taken_N = np.zeros(self.mdp.num_pairs, bool)
-        taken_N[pair_S[pair_S >= 0]] = True
-        endless_S = distances(self.mdp, allowed_N=taken_N) < 0
+        endless_S = distances(self.mdp, allowed_N=one_hot(self.mdp, pair_S) > 0) < 0
         if endless_S.any() and certain:
             where = self.mdp.state_name(int(endless_S.argmax()))
             raise ModelError(f"gamma is 1, and a loop through {where} pays for ever: values are infinite")
         return not endless_S.any()
 
     def evaluate(self, pair_S: Ints) -> Floats:
-        pi_N = np.zeros(self.mdp.num_pairs)
-        pi_N[pair_S[pair_S >= 0]] = 1.0
-        return evaluate(self.mdp, pi_N)
+        return evaluate(self.mdp, one_hot(self.mdp, pair_S))
 
     def krylov(self, pair_S: Ints, v_S: Floats, method: str) -> Floats:
         v_S, products = krylov(rows_of(self.mdp, pair_S, self.order_I), self.rewards(pair_S), v_S, method)

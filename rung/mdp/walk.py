@@ -55,7 +55,7 @@ class Tables:
 
     @staticmethod
     def of(mdp: FiniteMDP) -> "Tables":
-        counts_N = np.diff(mdp.row_N1)
+        counts_N = mdp.counts_N
         pairs, width = mdp.num_pairs, int(counts_N.max(initial=0)) + 1
         owner_M = np.repeat(np.arange(pairs), counts_N)
         column_M = np.arange(len(owner_M)) - np.repeat(mdp.row_N1[:-1], counts_N)
