@@ -100,7 +100,7 @@ def contracts(mdp: FiniteMDP) -> bool:
 
 def rounding(mdp: FiniteMDP, *values: Floats) -> float:
     """What fp64 may round off the backup of these values: half a unit of the last place for each of its operations."""
-    largest = max(1.0, float(abs(mdp.reward_N).max(initial=0.0)), *(float(abs(v).max(initial=0.0)) for v in values))
+    largest = max(1.0, mdp.largest_reward, *(float(abs(v).max(initial=0.0)) for v in values))
     return (2 + mdp.longest_row) * 2.3e-16 * largest
 
 
@@ -109,8 +109,7 @@ def discounted(mdp: FiniteMDP, v_S: Floats, next_S: Floats) -> Bounds:
     if not mdp.num_pairs:
         return Bounds(next_S, next_S)
     change_S, slack = next_S - v_S, rounding(mdp, v_S, next_S)
-    weights = mdp.gamma * mdp.weight_N
-    small, large = (float(w / (1 - w)) for w in (weights.min(), weights.max()))
+    small, large = (mdp.gamma * w / (1 - mdp.gamma * w) for w in mdp.lightest_and_heaviest)
     least, most = float(change_S.min()) - slack, float(change_S.max()) + slack
     lower = least * (large if least < 0 else small) - slack
     upper = most * (large if most > 0 else small) + slack

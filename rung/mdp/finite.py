@@ -24,6 +24,7 @@ Ints = NDArray[np.integer]  # next_M is best int32: half the memory to read
 Index = int | np.integer
 Numbers = NDArray[Any] | Sequence[Any] | float | int  # what NumPy makes an array of
 Number = float | int
+MANY = 100_000  # numbers from which on it pays to load compiled loops
 Outcomes = Iterable[tuple[Any, ...]]  # probability, next state, reward, and a factor on gamma if it has one
 
 
@@ -95,6 +96,16 @@ class FiniteMDP:
         return self.chance_N if self.keep_M is None else sums(self.weight_M, self.row_N1)
 
     @cached_property
+    def lightest_and_heaviest(self) -> tuple[float, float]:
+        """The smallest and the largest of weight_N; 1 and 0 without any."""
+        return float(self.weight_N.min(initial=1.0)), float(self.weight_N.max(initial=0.0))
+
+    @cached_property
+    def largest_reward(self) -> float:
+        """Of a pair, without its sign."""
+        return float(abs(self.reward_N).max(initial=0.0))
+
+    @cached_property
     def longest_row(self) -> int:
         """The most transitions of a pair."""
         return int(self.counts_N.max(initial=0))
@@ -103,7 +114,7 @@ class FiniteMDP:
         """Sum over each row of probability times a number, [N]."""
         return sums(self.prob_M * numbers_M, self.row_N1)
 
-    @property
+    @cached_property
     def terminal_S(self) -> NDArray[np.bool_]:
         """States without actions."""
         return np.diff(self.first_S1) == 0
@@ -332,9 +343,14 @@ def from_gymnasium(env: Any, gamma: float) -> FiniteMDP:
     )
 
 
-def sums(numbers_M: Floats, row_N1: Ints) -> Floats:
+def sums(numbers_M: Floats, row_N1: Ints, *, twin: bool = False) -> Floats:
     """Sum over each row; an empty row gives 0."""
     total_N = np.zeros(len(row_N1) - 1)
+    if len(numbers_M) > MANY and not twin:
+        from rung.mdp.kernels import sums
+
+        sums(numbers_M, row_N1, total_N)
+        return total_N
     filled_N = np.diff(row_N1) > 0
     if filled_N.any():
         total_N[filled_N] = np.add.reduceat(numbers_M, row_N1[:-1][filled_N])

@@ -40,6 +40,16 @@ def _q(n, row_N1, next_M, weight_M, reward_N, gamma, v_S):
 
 
 @_kernel
+def sums(numbers_M, row_N1, total_N):
+    """total_N = the sum over each row."""
+    for n in prange(len(total_N)):
+        total = 0.0
+        for m in range(uint64(row_N1[n]), uint64(row_N1[n + 1])):
+            total += numbers_M[m]
+        total_N[n] = total
+
+
+@_kernel
 def q_values(row_N1, next_M, weight_M, reward_N, gamma, v_S, q_N):
     """q_N = reward + gamma P v."""
     for n in prange(len(q_N)):
@@ -89,6 +99,19 @@ def times(first_I1, place_K, value_K, diagonal_I, x_I, out_I):
         for k in range(uint64(first_I1[i]), uint64(first_I1[i + 1])):
             total += value_K[k] * x_I[uint64(place_K[k])]
         out_I[i] = total
+
+
+@_kernel
+def richardson(first_I1, place_K, value_K, diagonal_I, right_I, x_I, out_I):
+    """out = x + right - the matrix times x; returns the largest change less the smallest."""
+    least, most = np.inf, -np.inf
+    for i in prange(len(x_I)):
+        change = right_I[i] - diagonal_I[i] * x_I[i]
+        for k in range(uint64(first_I1[i]), uint64(first_I1[i + 1])):
+            change -= value_K[k] * x_I[uint64(place_K[k])]
+        out_I[i] = x_I[i] + change
+        least, most = min(least, change), max(most, change)
+    return most - least
 
 
 @_kept

@@ -64,6 +64,16 @@ def times(rows: Rows, x_I: Floats, *, twin: bool = False) -> Floats:
     return out_I
 
 
+def richardson(rows: Rows, right_I: Floats, x_I: Floats, *, twin: bool = False) -> tuple[Floats, float]:
+    """One sweep, x + right - matrix x; and by how much its largest change exceeds the smallest."""
+    if twin:
+        change_I = right_I - times(rows, x_I, twin=True)
+        return x_I + change_I, float(np.ptp(change_I))
+    out_I = np.empty_like(x_I)
+    arrays = (rows.first_I1, rows.place_K, rows.value_K, rows.diagonal_I)
+    return out_I, _kernels().richardson(*arrays, right_I, x_I, out_I)
+
+
 def incomplete_lu(rows: Rows, relaxed: float = RELAXED, *, twin: bool = False) -> Rows:
     """L - I and U in one: entries before their own place are L's, the others and the diagonal U's.
 

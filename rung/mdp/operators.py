@@ -86,7 +86,7 @@ def ties(mdp: FiniteMDP, q_N: Floats, tolerance: float | None = None) -> np.ndar
 
 def modulus(mdp: FiniteMDP) -> float:
     """The factor by which T contracts in the largest difference: gamma times the largest weight of a row."""
-    return float(mdp.gamma * mdp.weight_N.max(initial=0.0))
+    return mdp.gamma * mdp.lightest_and_heaviest[1]
 
 
 def policy_of(mdp: FiniteMDP, policy: Numbers) -> Floats:

@@ -20,7 +20,7 @@ import numpy as np
 from rung.core.errors import ConfigError, ModelError, nearest
 from rung.mdp.certificates import Bounds, Certifier, distances, ending_pairs, factor, one_hot
 from rung.mdp.finite import FiniteMDP, Floats, Ints, sums
-from rung.mdp.linear import LONG_ROWS, SMALL, krylov, rows_of, times
+from rung.mdp.linear import LONG_ROWS, SMALL, krylov, richardson, rows_of
 from rung.mdp.operators import backup, follow, q_values, sweep_, ties
 
 LARGEST_TRUNCATION = 400  # sweeps
@@ -184,10 +184,9 @@ def truncated_policy_iteration(mdp: FiniteMDP, sweeps: int | None = None) -> Ite
         if followed_S is None or not np.array_equal(pair_S, followed_S):
             rows, reward_S, followed_S = rows_of(mdp, pair_S, natural_I), work.rewards(pair_S), pair_S
         for _ in range(LARGEST_TRUNCATION if sweeps is None else sweeps):
-            change_S = reward_S - times(rows, v_S)
-            v_S = v_S + change_S
+            v_S, spread = richardson(rows, reward_S, v_S)
             work.policy_products += 1
-            if sweeps is None and np.ptp(change_S) <= wanted:
+            if sweeps is None and spread <= wanted:
                 break
 
 

@@ -191,3 +191,11 @@ def test_an_open_maze_is_one_part_with_about_a_quarter_walls():
     mdp = zoo.open_maze(60, 60)
     assert 0.6 * 3600 < mdp.num_states < 0.8 * 3600
     assert np.isfinite(solve(mdp.with_gamma(1.0)).v_S).all()
+
+
+def test_sums_of_many_rows_equal_their_twin(monkeypatch):
+    """Compiled and not, rows of none among them."""
+    monkeypatch.setattr(finite, "MANY", 0)
+    row_N1, numbers_M = np.array([0, 0, 3, 3, 4, 9, 9]), np.arange(1.0, 10.0)
+    assert finite.sums(numbers_M, row_N1).tolist() == [0, 6, 0, 4, 35, 0]
+    assert finite.sums(numbers_M, row_N1, twin=True).tolist() == [0, 6, 0, 4, 35, 0]

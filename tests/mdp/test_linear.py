@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from rung.mdp import finite, linear, zoo
 from rung.mdp.certificates import distances, ending_pairs
-from rung.mdp.linear import incomplete_lu, krylov, rows_of, solve_lu, times
+from rung.mdp.linear import incomplete_lu, krylov, richardson, rows_of, solve_lu, times
 from rung.mdp.planning import policy_iteration
 
 
@@ -59,6 +59,11 @@ def test_rows_products_and_factors_equal_their_twins(seed):
     assert np.allclose(whole(rows), whole(twin), atol=1e-15)
     assert np.allclose(times(rows, x_I), whole(rows) @ x_I, atol=1e-14)
     assert np.allclose(times(rows, x_I), times(rows, x_I, twin=True), atol=1e-14)
+    right_I = np.random.default_rng(seed + 1).normal(size=mdp.num_states)
+    swept_I, spread = richardson(rows, right_I, x_I)
+    expected_I, expected = richardson(rows, right_I, x_I, twin=True)
+    assert np.allclose(swept_I, expected_I, atol=1e-14)
+    assert spread == pytest.approx(expected, abs=1e-14)
     for relaxed in (0.0, 0.9):
         factors = incomplete_lu(rows, relaxed)
         assert np.allclose(whole(factors), whole(incomplete_lu(rows, relaxed, twin=True)), atol=1e-12)
