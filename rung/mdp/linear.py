@@ -26,7 +26,7 @@ class Rows:
     """The rows of a matrix, one a state, in an order of elimination.
 
     order_I: the state at each place;  first_I1: where the entries of a row begin, [S + 1];  diagonal_I: the diagonal
-    place_K, value_K: column and value of the entries off the diagonal; those of one place add up, and 0 on it is nothing
+    place_K, value_K: column and value of the entries off the diagonal; those of one place add up
     """
 
     order_I: Ints
