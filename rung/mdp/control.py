@@ -16,13 +16,14 @@ from functools import cached_property
 import torch
 
 from rung.core.errors import ConfigError, nearest
+from rung.core.keys import derive_key
 from rung.core.shapes import Bool, Float, Int, Tensor
 from rung.mdp.finite import FiniteMDP
 from rung.mdp.values import Table, Values
-from rung.mdp.walk import Chooser, Episode, Step, Walk, episode, epsilon_greedy, soft_greedy
+from rung.mdp.walk import Chooser, Episode, Step, Walk, draw_soft_greedy, episode, soft_greedy
 from rung.objectives import values as worth
 from rung.objectives.optimisers import Rule, constant, harmonic
-from rung.objectives.returns import lambda_return, n_step
+from rung.objectives.returns import n_step
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +111,7 @@ def temporal_difference(
     def choose(state_N: Tensor) -> Tensor:
         if behaviour is not None:
             return behaviour(state_N, walk.noise_NW)
-        return epsilon_greedy(updates.mean(state_N), walk.tables.legal_SA[state_N], epsilon, walk.noise_NW)
+        return draw_soft_greedy(updates.mean(state_N), walk.tables.legal_SA[state_N], epsilon, walk.noise_NW)
 
     action_N = choose(walk.state_N)
     while True:
@@ -213,7 +214,7 @@ def monte_carlo(
     state_P, action_P = torch.from_numpy(mdp.state_N), torch.from_numpy(mdp.action_N)
 
     def choose(state_N: Tensor, noise_NW: Tensor) -> Tensor:
-        return epsilon_greedy(table(state_N), walk.tables.legal_SA[state_N], policy_epsilon, noise_NW)
+        return draw_soft_greedy(table(state_N), walk.tables.legal_SA[state_N], policy_epsilon, noise_NW)
 
     while True:
         begun = {}
@@ -226,15 +227,39 @@ def monte_carlo(
         yield table.q_NSA
 
 
+def mc_basic(
+    mdp: FiniteMDP, lane_keys: Sequence[int], *, length: int, episodes: int = 1
+) -> Iterator[Float[Tensor, "N S A"]]:
+    """Policy iteration without the model: q of every pair is the mean return of `episodes` episodes that begin with it,
+    each cut after `length` steps; the next policy takes the first of the best.                           [Zhao 5.2]
+
+    The first policy takes the first legal action.  Yields q of every policy (the learner's own tensor).  What is cut
+    off is worth at most gamma^length times the largest value."""
+    lanes, pairs = len(lane_keys), mdp.num_pairs
+    walk = Walk(mdp, [derive_key(key, pair) for key in lane_keys for pair in range(pairs)], max_steps=length)
+    lane_M = torch.arange(lanes).repeat_interleave(pairs)
+    state_M, action_M = torch.from_numpy(mdp.state_N).repeat(lanes), torch.from_numpy(mdp.action_N).repeat(lanes)
+    table = Table(lanes, mdp.num_states, mdp.num_actions)
+
+    def choose(state_M: Tensor, noise_MW: Tensor) -> Tensor:
+        return table.q_NSA[lane_M, state_M].masked_fill(~walk.tables.legal_SA[state_M], -torch.inf).argmax(-1)
+
+    while True:
+        return_M = torch.zeros(lanes * pairs, dtype=torch.float64)
+        for _ in range(episodes):
+            return_M += episode(walk, choose, start_N=state_M, first_action_N=action_M).return_TN[0] / episodes
+        table.q_NSA[lane_M, state_M, action_M] = return_M
+        yield table.q_NSA
+
+
 def move_to_returns(values: Table, counts: Table, seen: Episode, rule: Rule, *, first_visit: bool) -> None:
     """Every visit of an episode (or the first ones) towards its return, one after another in time."""
-    zeros_TN = torch.zeros_like(seen.reward_TN)
-    return_TN = lambda_return(seen.reward_TN, seen.discount_TN, zeros_TN, 1.0, seen.same_TN)
     cell_TN = seen.state_TN * counts.q_NSA.shape[-1] + seen.action_TN
     wanted_TN = seen.alive_TN
     if first_visit:
         wanted_TN = wanted_TN & (first_times(cell_TN, seen.alive_TN) == torch.arange(len(cell_TN))[:, None])
-    for state_N, action_N, return_N, wanted_N in zip(seen.state_TN, seen.action_TN, return_TN, wanted_TN, strict=True):
+    rows = zip(seen.state_TN, seen.action_TN, seen.return_TN, wanted_TN, strict=True)
+    for state_N, action_N, return_N, wanted_N in rows:
         counts.add_(state_N, action_N, wanted_N.double())
         size_N = rule(worth.of_action(counts(state_N), action_N).clamp(min=1))
         now_N = worth.of_action(values(state_N), action_N)

@@ -20,7 +20,7 @@ from rung.mdp.values import Table
 from rung.mdp.walk import Walk, episode, follow
 from rung.objectives import values as worth
 from rung.objectives.policy import pg
-from rung.objectives.returns import lambda_return, one_step
+from rung.objectives.returns import one_step
 
 Logits = Float[Tensor, "N S A"]
 
@@ -59,12 +59,10 @@ def reinforce(
     while True:
         log_pi_NSA = log_policy(theta.q_NSA[:, own_S], legal_SA)
         seen = episode(walk, _sampled(log_pi_NSA))
-        zeros_TN = torch.zeros_like(seen.reward_TN)
-        return_TN = lambda_return(seen.reward_TN, seen.discount_TN, zeros_TN, 1.0, seen.same_TN)
-        weight_N = torch.ones_like(return_TN[0])  # discount^t
+        weight_N = torch.ones_like(seen.reward_TN[0])  # discount^t
         for t, state_N in enumerate(seen.state_TN):
             alive_N, group_N = seen.alive_TN[t], own_S[state_N]
-            error_N = torch.where(alive_N, return_TN[t] - value(group_N)[:, 0], 0.0)
+            error_N = torch.where(alive_N, seen.return_TN[t] - value(group_N)[:, 0], 0.0)
             value.add_(group_N, zero_N, baseline_step * error_N)
             _ascend(theta, group_N, seen.action_TN[t], step * weight_N * error_N, legal_SA[state_N])
             weight_N = weight_N * seen.discount_TN[t]

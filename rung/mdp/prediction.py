@@ -213,10 +213,8 @@ def importance_sampling(
     while True:
         seen = episode(walk, choose, start_N=begin_N)
         ratio_TN = torch.where(seen.alive_TN, ratio_SA[seen.state_TN, seen.action_TN], 1.0)
-        zeros_TN = torch.zeros_like(seen.reward_TN)
-        return_TN = lambda_return(seen.reward_TN, seen.discount_TN, zeros_TN, 1.0, seen.same_TN)
         ratio_N = ratio_TN.prod(0)
-        total_N += ratio_N * return_TN[0]
+        total_N += ratio_N * seen.return_TN[0]
         weight_N += ratio_N if weighted else 1.0
         yield torch.where(weight_N > 0, total_N / weight_N, 0.0)
 

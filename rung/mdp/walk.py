@@ -18,6 +18,7 @@ from rung.core.rng import uniforms
 from rung.core.shapes import Bool, Float, Int, Tensor
 from rung.mdp.certificates import distances
 from rung.mdp.finite import FiniteMDP, Numbers
+from rung.objectives.returns import lambda_return
 
 WORDS = 6  # uniform numbers of a step
 BLOCK = 32  # steps whose numbers are computed together
@@ -186,6 +187,11 @@ class Episode:
     same_TN: Bool[Tensor, "T N"]
     alive_TN: Bool[Tensor, "T N"]
 
+    @cached_property
+    def return_TN(self) -> Float[Tensor, "T N"]:
+        """What was still paid in the episode, discounted; after a cut nothing is to come."""
+        return lambda_return(self.reward_TN, self.discount_TN, torch.zeros_like(self.reward_TN), 1.0, self.same_TN)
+
 
 def episode(
     walk: Walk,
@@ -215,7 +221,7 @@ def episode(
     return Episode(**{f"{name[:-1]}TN": column for name, column in columns.items()}, alive_TN=torch.stack(alive))
 
 
-def epsilon_greedy(
+def draw_soft_greedy(
     q_NA: Float[Tensor, "N A"], legal_NA: Bool[Tensor, "N A"], epsilon: float, noise_NW: Float[Tensor, "N W"]
 ) -> Int[Tensor, "N"]:
     """Any legal action with chance epsilon, else one with the largest q; equal ones alike."""
@@ -227,7 +233,7 @@ def epsilon_greedy(
 
 
 def soft_greedy(q_NA: Float[Tensor, "N A"], legal_NA: Bool[Tensor, "N A"], epsilon: float) -> Float[Tensor, "N A"]:
-    """The law of `epsilon_greedy`."""
+    """The law of `draw_soft_greedy`."""
     masked_NA = q_NA.masked_fill(~legal_NA, -torch.inf)
     top_NA = ((masked_NA == masked_NA.amax(-1, keepdim=True)) & legal_NA).to(q_NA)
     any_NA = legal_NA.to(q_NA)

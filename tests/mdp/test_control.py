@@ -10,7 +10,7 @@ from rung.mdp.control import NEXT_VALUES, monte_carlo, temporal_difference
 from rung.mdp.oracle import epsilon_soft_optimum, uniform
 from rung.mdp.planning import solve
 from rung.mdp.values import Linear, per_action
-from rung.mdp.walk import Walk, episode, epsilon_greedy, follow, keys, soft_greedy
+from rung.mdp.walk import Walk, draw_soft_greedy, episode, follow, keys, soft_greedy
 from rung.objectives.optimisers import harmonic, power
 
 
@@ -28,7 +28,7 @@ def textbook(mdp, method: str, key: int, steps: int, *, n: int, epsilon: float =
 
     def choose(state: int) -> int:
         q = torch.from_numpy(sum(tables) / len(tables))[state][None]
-        return int(epsilon_greedy(q, legal[state][None], epsilon, walk.noise_NW))
+        return int(draw_soft_greedy(q, legal[state][None], epsilon, walk.noise_NW))
 
     memory, action = [], choose(int(walk.state_N))
     for _ in range(steps):
@@ -130,7 +130,7 @@ def test_monte_carlo_control_is_the_textbooks_loop(first_visit):
         for _ in range(40):
             seen = episode(
                 walk,
-                lambda s, noise, walk=walk, q=q: epsilon_greedy(
+                lambda s, noise, walk=walk, q=q: draw_soft_greedy(
                     torch.from_numpy(q)[s], walk.tables.legal_SA[s], 0.2, noise
                 ),
             )

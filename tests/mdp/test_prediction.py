@@ -1,4 +1,6 @@
-"""Learners that predict: against plain loops on the same walk, against each other, and against the oracle."""
+"""Learners that predict: against plain loops on the same walk, against each other, and against the oracle.
+
+Where no chance is named, both sides see the same walk and are equal."""
 
 import math
 
@@ -9,7 +11,7 @@ import torch
 from rung.core.errors import ConfigError, ModelError
 from rung.mdp import prediction, zoo
 from rung.mdp.oracle import oracle, uniform
-from rung.mdp.values import aggregation, fourier, polynomial, tiles
+from rung.mdp.values import fourier, polynomial, tiles
 from rung.mdp.walk import Walk, episode, follow, keys
 from rung.objectives.optimisers import harmonic, power
 
@@ -203,32 +205,6 @@ def test_first_visits_estimate_without_bias():
     assert abs(float(found[:, 2].mean()) - 0.5) < math.sqrt(math.log(2 / 1e-7) / (2 * 400 * 50))
 
 
-@pytest.mark.parametrize(("lambda_", "true_online"), [(0.0, False), (0.8, False), (0.8, True)])
-def test_linear_td_ends_at_the_projected_fixed_point(lambda_, true_online):
-    """Three groups for seven states, size 2 / k^0.6, 400 lanes of 6000 steps.
-
-    For lambda 0 the limit is the oracle's; for lambda > 0 that of the lambda-weighted equation, solved here.  The mean
-    over lanes lies within six standard errors (chance 2e-9 a weight, normal) plus 0.005 for what is left of the start.
-    Catches: the fixed point of another weighting, such as the uniform one, which is further away."""
-    mdp = zoo.random_walk(7, low=-1.0, gamma=0.9)
-    truth = oracle(mdp, uniform(mdp))
-    x = np.vstack((aggregation([0, 0, 0, 1, 1, 2, 2]), np.zeros((1, 3))))
-    matrix, reward_S = truth._matrix
-    resolvent = np.linalg.inv(np.eye(8) - lambda_ * matrix.toarray())
-    d = np.diag(truth.stationary_S)
-    w = np.linalg.solve(x.T @ d @ resolvent @ (np.eye(8) - matrix.toarray()) @ x, x.T @ d @ resolvent @ reward_S)
-    if lambda_ == 0:
-        assert np.allclose(w, truth.fixed_point(x))
-    learner = prediction.td_lambda(
-        mdp, uniform(mdp), keys(7, 400), step=power(0.6, 2.0), lambda_=lambda_, true_online=true_online, features_SF=x
-    )
-    found = after(learner, 6000)
-    error, bound = (found.mean(0) - torch.from_numpy(w)).abs(), 6 * found.std(0) / 20 + 0.005
-    assert bool((error <= bound).all()), (error, bound)
-    elsewhere = truth.fixed_point(x, weighting_S=np.r_[0.6, 0.05, 0.05, 0.05, 0.05, 0.1, 0.1, 0.0])
-    assert bool(((torch.from_numpy(elsewhere - w)).abs() > bound).any())
-
-
 def test_batch_td_knows_the_model_and_batch_monte_carlo_the_returns():
     """Example 6.4: A, 0, B, 0 once; B, 1 six times; B, 0 once.  V(B) = 3/4; V(A) = 3/4 by TD and 0 by Monte Carlo."""
     from rung.mdp import finite
@@ -255,8 +231,9 @@ def test_batch_td_knows_the_model_and_batch_monte_carlo_the_returns():
 def test_importance_sampling_finds_the_value_of_another_policy(weighted):
     """Blackjack's 18 against 2, by a policy that goes on hitting below 20; 1000 lanes of 100 episodes of the coin.
 
-    The standard error is estimated from the lanes: six of them are exceeded with chance 2e-9 [normal]; the weighted
-    estimate has a bias of the order of one in a hundred episodes besides."""
+    Within six standard errors of the lanes (chance 2e-9, normal).  The ordinary estimate R has no bias, the weighted
+    one -Cov(R, W) for mean weights W, of mean 1: at most sd(R) sd(W) [Hartley & Ross 1954], where E[w^2] of an episode
+    solves u = 2 (chance to end + P u): ratios are 0 and 2.  Catches: ratios left out, or of one step only."""
     mdp = zoo.blackjack()
     state = mdp.state_names.index("18 against 2")
     totals = [int(name.split()[0]) if name[0].isdigit() else 21 for name in mdp.state_names]
@@ -264,30 +241,12 @@ def test_importance_sampling_finds_the_value_of_another_policy(weighted):
     actions = np.array([stick if total >= 20 else 1 - stick for total in totals])
     learner = prediction.importance_sampling(mdp, actions, uniform(mdp), keys(9, 1000), state=state, weighted=weighted)
     found = after(learner, 100)
-    slack = 6 * float(found.std()) / 1000**0.5 + 0.02 * weighted
+    matrix = oracle(mdp, actions)._matrix[0].toarray() * ~mdp.terminal_S
+    square_S = np.linalg.solve(np.eye(len(matrix)) - 2 * matrix, 2 * (1 - matrix.sum(1)) * ~mdp.terminal_S)
+    bias = float(found.std()) * math.sqrt((square_S[state] - 1) / 100) * weighted
+    slack = 6 * float(found.std()) / 1000**0.5 + bias
     assert abs(float(found.mean()) - oracle(mdp, actions).v_S[state]) < slack
     assert abs(float(found.mean()) - oracle(mdp, uniform(mdp)).v_S[state]) > slack  # what ratios of 1 would find
-
-
-def test_semi_gradient_td_diverges_on_bairds_model_and_tdc_and_emphatic_td_do_not():
-    """Figures 11.2 and 11.5: behaviour dashed six times in seven, target always solid; all values are 0."""
-    mdp, x = zoo.baird()
-    solid = mdp.action_names.index("solid")
-    behaviour = np.where(mdp.action_N == solid, 1 / 7, 6 / 7)
-    start = np.array([1, 1, 1, 1, 1, 1, 10, 1.0])
-    options = {"features_SF": x, "initial_NF": start}
-
-    def error(learner, steps):
-        return float((after(learner, steps) @ torch.from_numpy(x).T).pow(2).mean(1).sqrt().mean())
-
-    policy = np.full(7, solid)
-    semi = prediction.off_policy_td(mdp, policy, behaviour, keys(10, 3), method="semi_gradient", step=0.01, **options)
-    tdc = prediction.off_policy_td(
-        mdp, policy, behaviour, keys(10, 3), method="tdc", step=0.005, second_step=0.05, **options
-    )
-    assert error(semi, 1000) > 50
-    assert error(tdc, 1000) < 4
-    assert error(tdc, 4000) < 2.5
 
 
 def test_off_policy_td_on_policy_is_td():
@@ -295,23 +254,6 @@ def test_off_policy_td_on_policy_is_td():
     plain = after(prediction.td_lambda(mdp, uniform(mdp), lanes, step=0.01), 300)
     off = after(prediction.off_policy_td(mdp, uniform(mdp), uniform(mdp), lanes, method="semi_gradient"), 300)
     assert torch.allclose(plain, off, atol=1e-14)
-
-
-def test_off_policy_methods_find_the_values_of_the_other_policy():
-    """Every state its own feature: v_pi of a drawn policy from uniform steps, mean of 200 lanes.
-
-    TDC is slow: 4000 steps leave a tenth of the distance.  Catches: a ratio left out, which finds the values of the
-    uniform policy."""
-    mdp = zoo.grid("S..\n.#T", 0.8, target="end")
-    pi_N = np.random.default_rng(0).random(mdp.num_pairs)
-    pi_N /= np.bincount(mdp.state_N, pi_N, minlength=6)[mdp.state_N]
-    exact_S, other_S = oracle(mdp, pi_N).v_S, oracle(mdp, uniform(mdp)).v_S
-    for method, size, steps in (("semi_gradient", 0.05, 2000), ("tdc", 0.2, 4000)):
-        learner = prediction.off_policy_td(
-            mdp, pi_N, uniform(mdp), keys(12, 200), method=method, step=size, second_step=0.1
-        )
-        found_S = after(learner, steps).mean(0).numpy()
-        assert abs(found_S - exact_S).max() < 0.25 * abs(other_S - exact_S).max(), method
 
 
 def test_methods_and_steps_that_cannot_be():

@@ -8,7 +8,7 @@ import torch
 
 from rung.core.errors import ModelError
 from rung.mdp import finite, zoo
-from rung.mdp.walk import Walk, episode, epsilon_greedy, follow, keys, soft_greedy
+from rung.mdp.walk import Walk, draw_soft_greedy, episode, follow, keys, soft_greedy
 
 FALSE_ALARM = 1e-7  # of one comparison; no test here makes more than ten: under 1e-6 together
 
@@ -82,13 +82,13 @@ def test_an_episode_is_whole_in_every_lane():
     assert int(lengths.max()) == len(seen.state_TN) > int(lengths.min())
 
 
-def test_epsilon_greedy_draws_by_its_law_with_ties_and_illegal_actions():
+def test_soft_greedy_actions_are_drawn_by_their_law_with_ties_and_illegal_actions():
     lanes = 60_000
     q_NA, legal_NA = torch.tensor([[1.0, 3.0, 3.0, 9.0]]), torch.tensor([[True, True, True, False]])
     law = soft_greedy(q_NA, legal_NA, 0.3)[0]
     assert law.tolist() == pytest.approx([0.1, 0.45, 0.45, 0.0])
     noise_NW = torch.rand(lanes, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    drawn = epsilon_greedy(q_NA.expand(lanes, -1), legal_NA.expand(lanes, -1), 0.3, noise_NW)
+    drawn = draw_soft_greedy(q_NA.expand(lanes, -1), legal_NA.expand(lanes, -1), 0.3, noise_NW)
     for action in range(4):
         assert abs(float((drawn == action).double().mean()) - float(law[action])) <= within(lanes)
     assert not bool((drawn == 3).any())
