@@ -1,7 +1,7 @@
 """Sides of `bench.planning`: ours and the peers on the same raw arrays.
 
 A turn builds its own model from the arrays, solves it and certifies what came out; compiling happens in turn 0.  Every
-turn says how far its values are from a reference (by another method, to 1e-9, computed once), so that no side wins by
+turn says how far its values are from a reference (by another method, to 1e-8, computed once), so that no side wins by
 stopping early.
 """
 
@@ -151,7 +151,7 @@ def _timed(run: Callable[[], tuple[np.ndarray, dict[str, Any]]], spec: Mapping[s
 
     def turn(number: int) -> Mapping[str, Any]:
         if not reference and "reference" in spec:
-            reference.append(solve(model(spec), spec["reference"], epsilon=1e-9).v_S)
+            reference.append(solve(model(spec), spec["reference"], epsilon=1e-8).v_S)
         began = time.perf_counter()
         v_S, more = run()
         taken = time.perf_counter() - began

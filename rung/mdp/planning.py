@@ -18,7 +18,7 @@ from functools import cached_property, partial
 import numpy as np
 
 from rung.core.errors import ConfigError, ModelError, nearest
-from rung.mdp.certificates import Bounds, Certifier, distances, ending_pairs, factor, one_hot
+from rung.mdp.certificates import Bounds, Certifier, distances, ending_pairs, factor, one_hot, rounding
 from rung.mdp.finite import FiniteMDP, Floats, Ints, sums
 from rung.mdp.linear import LONG_ROWS, SMALL, krylov, richardson, rows_of
 from rung.mdp.operators import backup, follow, q_values, sweep_, ties
@@ -82,18 +82,20 @@ def solve(
     epsilon: None: as close as a method comes that ends by itself ("policy", "krylov", "gmres")
 
     Raises ConfigError for an unknown method, ModelError where gamma is 1 and no end can be reached, or where the bounds
-    are not close enough after `max_iterations`."""
+    are not close enough after `max_iterations`, or when all that is left is rounding."""
     name, iterates = _method(choose(mdp) if method == "auto" else method)
     if epsilon is not None and not epsilon > 0:
         raise ConfigError(f"epsilon is a positive number; got {epsilon}")
     if epsilon is None and isinstance(method, str) and name not in ENDING:
         raise ConfigError(f"{name} goes on without end: give epsilon, or one of {', '.join(ENDING)}")
     wanted = 0.0 if epsilon is None else 2 * epsilon
-    began, last, count = time.perf_counter(), None, 0
+    began, last, count, gap = time.perf_counter(), None, 0, np.inf
     for count, last in enumerate(iterates(mdp), start=1):
         if listener is not None:
             listener(last)
-        if last.bounds.gap <= wanted or count >= max_iterations:
+        stuck = last.bounds.gap >= gap and last.residual <= rounding(mdp, last.v_S)
+        gap = last.bounds.gap
+        if gap <= wanted or count >= max_iterations or (stuck and epsilon is not None):
             break
     assert last is not None
     if epsilon is not None and last.bounds.gap > wanted:

@@ -230,6 +230,7 @@ def off_policy_td(
     second_step: float = 0.05,
     features_SF: Numbers | None = None,
     initial_NF: Numbers = 0.0,
+    max_steps: int | None = None,
 ) -> Iterator[Weights]:
     """TD(0) from the steps of another policy.  Semi-gradient can diverge; TDC and emphatic TD do not.
 
@@ -238,7 +239,7 @@ def off_policy_td(
       tdc            w += a rho (delta x - discount x' (x.h)),  h += b rho (delta - x.h) x          [S & B 11.7]
       etd            F = rho_before discount_before F + 1,  w += a F rho delta x                    [S & B 11.8]"""
     ratio_SA, choose = _ratios(mdp, policy, behaviour)
-    walk, values, _ = _start(mdp, behaviour, lane_keys, features_SF, initial_NF, None)
+    walk, values, _ = _start(mdp, behaviour, lane_keys, features_SF, initial_NF, max_steps)
     features = values.x_SAF[:, 0]
     second_NF = torch.zeros_like(values.w_NF)
     emphasis_N, carried_N = (

@@ -7,11 +7,8 @@ import torch
 from rung.core.errors import ConfigError
 from rung.mdp import zoo
 from rung.mdp.control import NEXT_VALUES, monte_carlo, temporal_difference
-from rung.mdp.oracle import epsilon_soft_optimum, uniform
-from rung.mdp.planning import solve
 from rung.mdp.values import Linear, per_action
-from rung.mdp.walk import Walk, draw_soft_greedy, episode, follow, keys, soft_greedy
-from rung.objectives.optimisers import harmonic, power
+from rung.mdp.walk import Walk, draw_soft_greedy, episode, keys, soft_greedy
 
 
 def after(generator, count: int):
@@ -70,56 +67,6 @@ def test_a_learner_is_the_textbooks_loop_on_the_same_walk(method, n):
         assert np.allclose(found[lane].numpy(), expected, atol=1e-12)
 
 
-def test_q_learning_with_step_one_is_exact_in_a_model_without_chance():
-    """Any behaviour that tries everything: every cell ends at q*."""
-    mdp = zoo.zhao(0.5, forbidden_reward=-10.0)
-    found = after(temporal_difference(mdp, "q_learning", keys(0, 2), step=1.0, epsilon=1.0), 6000).q_NSA()
-    v_S = solve(mdp, epsilon=1e-9).v_S
-    assert np.allclose(found.amax(-1).numpy(), v_S, atol=1e-6)
-
-
-@pytest.mark.parametrize("method", NEXT_VALUES)
-def test_every_method_ends_at_its_own_optimum(method):
-    """The slippery 2 x 2 world, epsilon 0.3: Q-learning and double Q at q*, both Sarsas at the best soft policy's.
-
-    256 lanes of 8000 steps of size 1 / k^0.7.  Their mean has a standard error s / 16, estimated from the lanes; six of
-    them are exceeded with chance 7e-9 a cell [Student, 255], 12 cells: 8e-8.  0.02 is allowed for the start.
-    Catches: the other limit, which is further away in at least one cell."""
-    mdp = zoo.grid(".#\n.T", 0.8, slip=0.1, target="end", actions=("up", "right", "down", "left"))
-    learner = temporal_difference(mdp, method, keys(1, 256, method), step=power(0.7), epsilon=0.3)
-    q_NSA = after(learner, 8000).q_NSA()[:, :3]
-    soft_S, _pi_N = epsilon_soft_optimum(mdp, 0.3)
-    value_S = soft_S if method.endswith("sarsa") else solve(mdp, epsilon=1e-9).v_S
-    from rung.mdp.operators import q_values
-
-    exact_SA = torch.from_numpy(mdp.table(q_values(mdp, value_S))[:3])
-    error_SA = (q_NSA.mean(0) - exact_SA).abs()
-    bound_SA = 6 * q_NSA.std(0) / 16 + 0.02
-    assert bool((error_SA <= bound_SA).all()), (error_SA - bound_SA).max()
-    other_S = solve(mdp, epsilon=1e-9).v_S if method.endswith("sarsa") else soft_S
-    other_SA = torch.from_numpy(mdp.table(q_values(mdp, other_S))[:3])
-    assert bool(((q_NSA.mean(0) - other_SA).abs() > bound_SA).any())
-
-
-def test_double_q_has_no_bias_where_q_learning_has_one():
-    """Example 6.7: how often the first action is left, of 2000 lanes over 250 steps: 5 % is right, for epsilon 0.1.
-
-    Early Q-learning overrates B: over the first 100 episodes it goes left far more often."""
-    mdp = zoo.maximization_bias()
-
-    def lefts(method: str) -> np.ndarray:
-        learner, left = temporal_difference(mdp, method, keys(2, 2000, method), step=0.1, epsilon=0.1), []
-        left_action = mdp.action_names.index("left")
-        for _ in range(250):
-            taken = next(learner).step
-            first = taken.state_N == 0
-            left.append(float((taken.action_N[first] == left_action).double().mean()))
-        return np.array(left)
-
-    single, double = lefts("q_learning"), lefts("double_q")
-    assert single[20:120].mean() > double[20:120].mean() + 0.1
-
-
 @pytest.mark.parametrize("first_visit", [True, False])
 def test_monte_carlo_control_is_the_textbooks_loop(first_visit):
     mdp, lane_keys = zoo.grid("S.#\n..T", 0.9, slip=0.1, target="end"), keys(9, 2)
@@ -148,31 +95,10 @@ def test_monte_carlo_control_is_the_textbooks_loop(first_visit):
         assert np.allclose(found[lane].numpy(), q, atol=1e-12)
 
 
-def test_exploring_starts_find_the_optimum_of_blackjack():
-    """Figure 5.2, mean of 200 lanes of 2000 episodes: where the actions differ by 0.2 or more, greedy is right."""
-    from rung.mdp.operators import q_values
-
-    mdp = zoo.blackjack()
-    plan = solve(mdp, "policy")
-    q_NSA = after(monte_carlo(mdp, keys(4, 200), exploring_starts=True, step=harmonic()), 2000)
-    exact_SA = mdp.table(q_values(mdp, plan.v_S))
-    apart_S = abs(exact_SA[:, 0] - exact_SA[:, 1]) > 0.2
-    mean_SA = q_NSA.mean(0).numpy()
-    assert (mean_SA.argmax(1)[apart_S] == np.nan_to_num(exact_SA, nan=-9).argmax(1)[apart_S]).all()
-
-
 def test_a_lane_that_explores_its_starts_does_not_see_the_others():
     mdp = zoo.blackjack()
     alone, beside = (after(monte_carlo(mdp, keys(4, n), exploring_starts=True), 30)[0] for n in (1, 3))
     assert torch.equal(alone, beside)
-
-
-def test_q_learning_from_the_steps_of_another_policy_ends_at_the_same_optimum():
-    """A behaviour that is given: never greedy, always uniform."""
-    mdp = zoo.zhao(0.5)
-    behaviour = follow(torch.from_numpy(mdp.table(uniform(mdp), fill=0.0)))
-    learner = temporal_difference(mdp, "q_learning", keys(0, 2), step=1.0, behaviour=behaviour, max_steps=10**6)
-    assert np.allclose(after(learner, 6000).q_NSA().amax(-1).numpy(), solve(mdp, epsilon=1e-9).v_S, atol=1e-6)
 
 
 def test_linear_values_with_one_feature_a_state_are_a_table():

@@ -15,6 +15,7 @@ from rung.mdp.finite import from_dict
 from rung.mdp.operators import q_values
 from rung.mdp.oracle import epsilon_soft_optimum, oracle, uniform
 from rung.mdp.planning import solve
+from rung.mdp.policy_gradient import actor_critic, reinforce
 from rung.mdp.walk import Walk, follow, keys
 from rung.objectives.optimisers import power
 
@@ -181,8 +182,8 @@ def test_every_method_ends_at_its_own_optimum(method):
 
 @pytest.mark.parametrize("options", [{"epsilon": 1.0}, {"behaviour": "uniform"}])
 def test_q_learning_with_step_one_comes_to_the_optimum_of_a_model_without_chance(options):
-    """Any behaviour that tries everything.  A step of size 1 leaves the error gamma times the largest one there: a bound
-    for every cell on every path (no chance); the seeds decide only that it is below 1e-4 after 2000 steps.
+    """Any behaviour that tries everything.  A step of size 1 leaves the error gamma times the largest one there: a
+    bound for every cell on every path (no chance); the seeds decide only that it is below 1e-4 after 4000 steps.
 
     Catches: a discount or a maximum left out, a behaviour that is not followed."""
     mdp = zoo.grid("..#\n.#.\n..T", 0.5, forbidden_reward=-10.0)
@@ -191,7 +192,7 @@ def test_q_learning_with_step_one_comes_to_the_optimum_of_a_model_without_chance
     star_SA = table_of(mdp, solve(mdp, epsilon=1e-12).v_S)
     learner, lane_N = temporal_difference(mdp, "q_learning", keys(0, 2), step=1.0, **options), torch.arange(2)
     bound_NSA = star_SA.abs().repeat(2, 1, 1)
-    for _ in range(2000):
+    for _ in range(4000):
         news = next(learner)
         there_NA = bound_NSA[lane_N, news.step.next_state_N]
         bound_NSA[lane_N, news.step.state_N, news.step.action_N] = news.step.discount_N * there_NA.amax(-1)
@@ -234,6 +235,69 @@ def test_exploring_starts_find_the_optimum():
     assert float(q_NSA[:, 0, 0].min()) > 1 - 15 / 76
 
 
+@pytest.mark.parametrize("name", ["reinforce", "actor_critic"])
+def test_policy_gradients_come_to_the_better_of_two_arms(name):
+    """One arm pays 1, the other 0; logits from 0, 20 lanes of 400 steps of size 1/2; a critic keeps the last reward.
+
+    Only pulls of the good arm push, up, whose chance is therefore a known function of how many there were.  Each pull
+    is one with chance >= 1/2, so fewer than 120 of 399 have chance exp(-2 79.5^2 / 399) = 1.8e-14 [Hoeffding]; of 20
+    lanes 3.6e-13.  Catches: a push of the other sign or of half the size, an action that is not the sampled one."""
+    mdp, size = from_dict({"A": {"good": [(1, None, 1.0)], "bad": [(1, None, 0.0)]}}, 1.0), 0.5
+    if name == "reinforce":
+        learner = reinforce(mdp, keys(5, 20), step=size)
+    else:
+        learner = actor_critic(mdp, keys(5, 20), step=size, critic_step=1.0)
+    theta_NA, apart, at_least = after(learner, 400)[:, 0], 0.0, []
+    for _ in range(400):
+        at_least.append(apart)
+        apart += 2 * size / (1 + np.exp(apart))
+    found_N = (theta_NA[:, 0] - theta_NA[:, 1]).numpy()
+    assert (abs(found_N[:, None] - np.array([*at_least, apart])).min(1) < 1e-9).all()  # whole pulls
+    assert found_N.min() >= at_least[120 - 1]
+    assert 1 / (1 + np.exp(-at_least[120 - 1])) > 0.99
+
+
+@pytest.mark.parametrize("right", [0.2, 2 - 2**0.5, 0.8])
+def test_reinforce_in_the_short_corridor_rises_towards_the_best_mixture_and_rests_there(right):
+    """Example 13.1: all states look alike.  From p(right), one episode with a tiny step: the mean push of 10 000 lanes
+    is dJ / d theta of the shared logit within six standard errors (2e-9); its sign leads to 2 - sqrt 2, where it is 0.
+
+    Episodes end within 2000 steps but for 1e-9 a lane.  Catches: states that do not share, the swapped actions of the
+    second state left out (dJ has another sign at 0.8), a return that misses its first rewards."""
+    mdp, lanes, tiny = zoo.short_corridor(), 10_000, 1e-6
+    start = np.log([1 - right, right])
+    learner = reinforce(mdp, keys(2, lanes), step=tiny, groups_S=[0] * mdp.num_states, initial=start, max_steps=2000)
+    push_N = (next(learner)[:, 0, 1] - start[1]) / tiny
+    pi_N = np.where(mdp.action_N == 1, right, 1 - right)
+    slope = float(oracle(mdp, pi_N).gradient_N[mdp.action_N == 1].sum())
+    six = 6 * float(push_N.std()) / lanes**0.5
+    assert abs(float(push_N.mean()) - slope) <= six + 1e-5
+    assert (abs(slope) < 1e-9) if right == 2 - 2**0.5 else (slope * (2 - 2**0.5 - right) > 0 and abs(slope) > 2 * six)
+
+
+def test_a_baseline_takes_variance_off_and_leaves_the_mean():
+    """8 episodes with a tiny step; the last one's push, with a learnt baseline and without, of 4000 lanes each.
+
+    Means differ by at most six standard errors (12 logits: 2.4e-8).  Squared deviations are means over lanes as well:
+    theirs differ by twelve, where six would have shown a gain (2e-9).  Catches: a baseline that is learnt and not used,
+    or used with the other sign."""
+    mdp, lanes, tiny = zoo.grid("S#\n.T", 0.9, slip=0.1, target="end", actions=FOUR), 4000, 1e-6
+
+    def pushes(baseline_step: float) -> torch.Tensor:
+        learner = reinforce(
+            mdp, keys(1, lanes, str(baseline_step)), step=tiny, baseline_step=baseline_step, max_steps=200
+        )
+        before = after(learner, 7).clone()
+        return ((next(learner) - before) / tiny)[:, :3]
+
+    plain_NSA, based_NSA = pushes(0.0), pushes(0.3)
+    six_SA = 6 * ((plain_NSA.var(0) + based_NSA.var(0)) / lanes).sqrt()
+    assert bool(((plain_NSA.mean(0) - based_NSA.mean(0)).abs() <= six_SA + 1e-6).all())
+    plain_N, based_N = ((x - x.mean(0)).square().sum((1, 2)) for x in (plain_NSA, based_NSA))
+    six = 6 * float(((plain_N.var() + based_N.var()) / lanes).sqrt())
+    assert float(plain_N.mean() - based_N.mean()) > 2 * six
+
+
 def cut_short(mdp, q_SA: torch.Tensor, length: int) -> np.ndarray:
     """q of `length` steps under the first greedy policy of a table, [N]."""
     best_S = np.where(mdp.table(np.ones(mdp.num_pairs), fill=0.0) > 0, q_SA.numpy(), -np.inf).argmax(1)
@@ -244,12 +308,12 @@ def cut_short(mdp, q_SA: torch.Tensor, length: int) -> np.ndarray:
 
 
 def test_mc_basic_without_chance_is_policy_iteration_with_returns_cut_short():
-    """Zhao's world: every q is the exact one of 60 steps, and that of the last policy is within gamma^60 max |v*| of q*.
+    """Zhao's world: every q is the exact one of 60 steps, the last policy's is within gamma^60 max |v*| of q*.
 
     No chance in model or policy.  Catches: a first action that is not taken, an episode of one step more or less."""
     mdp, length = zoo.zhao(0.9, forbidden_reward=-10.0), 60
     learner, before_SA = mc_basic(mdp, keys(0, 2), length=length), torch.zeros(25, 5)
-    for _ in range(10):
+    for _ in range(12):  # policies; the last change is the tenth
         q_NSA = next(learner)
         assert torch.equal(q_NSA[0], q_NSA[1])
         assert np.allclose(q_NSA[0].numpy(), mdp.table(cut_short(mdp, before_SA, length)), atol=1e-9)

@@ -170,6 +170,16 @@ def test_what_fp64_rounds_off_is_inside_the_bounds():
         solve(mdp, "policy", epsilon=1e-6)
 
 
+@pytest.mark.parametrize("method", ["value", "truncated", "gauss-seidel", "krylov"])
+def test_a_method_that_only_rounds_is_stopped(method):
+    """Values near -100, of which fp64 tells 1e-14, asked for to 1e-12 where gamma multiplies that by 100."""
+    seen = []
+    with pytest.raises(ModelError, match="fp64 itself cannot tell values closer"):
+        solve(zoo.random_walk(30, gamma=0.99, low=-1e6), method, epsilon=1e-9, listener=seen.append)
+    assert len(seen) < 20_000
+    assert seen[-1].bounds.gap < 1e-3
+
+
 def test_rows_whose_sum_is_a_rounded_one_do_not_end():
     near = float(np.nextafter(1.0, 0.0))
     mdp = finite.from_dict({"a": {"go": [(near, "b", -1)]}, "b": {"go": [(near, "a", -1)]}}, 1.0)
