@@ -51,6 +51,8 @@ def reinforce(
 ) -> Iterator[Logits]:
     """REINFORCE; with a baseline_step, minus a learnt value of the state.  Yields the logits after every episode.
 
+    The baseline is that of before the episode.  Learnt along the way, as in the box of Sutton & Barto 13.4, it holds
+    returns that depend on the action it is to judge, and the mean push is no longer the gradient.
     groups_S: states of one group share their logits and their baseline (they look alike);  initial: of all logits
     An episode that is cut counts as ended, with nothing to come."""
     walk, own_S = Walk(mdp, lane_keys, max_steps=max_steps), _groups(mdp, groups_S)
@@ -60,11 +62,13 @@ def reinforce(
         log_pi_NSA = log_policy(theta.q_NSA[:, own_S], legal_SA)
         seen = episode(walk, _sampled(log_pi_NSA))
         weight_N = torch.ones_like(seen.reward_TN[0])  # discount^t
+        baseline_TN = torch.stack([value(own_S[state_N])[:, 0] for state_N in seen.state_TN])
         for t, state_N in enumerate(seen.state_TN):
             alive_N, group_N = seen.alive_TN[t], own_S[state_N]
-            error_N = torch.where(alive_N, seen.return_TN[t] - value(group_N)[:, 0], 0.0)
-            value.add_(group_N, zero_N, baseline_step * error_N)
-            _ascend(theta, group_N, seen.action_TN[t], step * weight_N * error_N, legal_SA[state_N])
+            error_N, gain_N = seen.return_TN[t] - value(group_N)[:, 0], seen.return_TN[t] - baseline_TN[t]
+            value.add_(group_N, zero_N, baseline_step * torch.where(alive_N, error_N, 0.0))
+            push_N = step * weight_N * torch.where(alive_N, gain_N, 0.0)
+            _ascend(theta, group_N, seen.action_TN[t], push_N, legal_SA[state_N])
             weight_N = weight_N * seen.discount_TN[t]
         yield theta.q_NSA
 
