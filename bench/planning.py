@@ -42,7 +42,8 @@ def mazes(given: Options) -> None:
     side = 10 if given.quick else 100
     for name in MAZES:
         spec = {"model": name, "options": {"rows": side, "columns": side}, "reference": "gauss-seidel"}
-        _against(_named(name, side), spec, "scipy_policy_iteration", ">= 2", given)
+        for peer, bar in (("scipy_bicgstab", ">= 2"), ("scipy_splu", "-")):
+            _against(_named(name, side), spec, peer, bar, given)
 
 
 def large(given: Options) -> None:

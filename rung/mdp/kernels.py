@@ -5,6 +5,7 @@ FiniteMDP; nothing is checked here.  Indices are unsigned in the hot loops: a si
 for Python's sake, which makes these loops up to four times slower.
 """
 
+import heapq
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -180,6 +181,32 @@ def sweep_(order_S, first_S1, row_N1, next_M, weight_M, reward_N, gamma, v_S, be
     """Renew v_S in place, state by state in this order; loops to itself summed up."""
     for s in order_S:
         v_S[s], best_S[s] = _renewed(s, first_S1, row_N1, next_M, weight_M, reward_N, gamma, v_S)
+
+
+@_compiled
+def _best(s, first_S1, row_N1, next_M, weight_M, reward_N, gamma, v_S):
+    """The largest q of a state; terminal: 0."""
+    highest = -np.inf
+    for n in range(first_S1[s], first_S1[s + 1]):
+        highest = max(highest, _q(n, row_N1, next_M, weight_M, reward_N, gamma, v_S))
+    return highest if highest > -np.inf else 0.0
+
+
+@_kept
+def renew_(first_S1, row_N1, next_M, weight_M, reward_N, gamma, into_S1, into_K, change_S, v_S, times):
+    """Prioritised sweeping; a state may stand in the queue more than once."""
+    queue = [(-change_S[s], s) for s in range(len(change_S)) if change_S[s] > 0]
+    heapq.heapify(queue)
+    for _ in range(times):
+        if not len(queue):
+            break
+        s = heapq.heappop(queue)[1]
+        v_S[s] = _best(s, first_S1, row_N1, next_M, weight_M, reward_N, gamma, v_S)
+        for k in range(into_S1[s], into_S1[s + 1]):
+            other = int(into_K[k])
+            change = abs(_best(other, first_S1, row_N1, next_M, weight_M, reward_N, gamma, v_S) - v_S[other])
+            if change > 0:
+                heapq.heappush(queue, (-change, other))
 
 
 @_kept

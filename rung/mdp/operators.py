@@ -10,6 +10,8 @@ Numba's loops (`kernels.py`) do the work; with `twin=True` the same numbers come
 
 from dataclasses import replace
 
+import heapq
+
 import numpy as np
 
 from rung.core.errors import ModelError
@@ -62,6 +64,41 @@ def sweep_(mdp: FiniteMDP, order_S: Ints, v_S: Floats, best_S: Ints, *, twin: bo
             rest = mdp.reward_N[n] + mdp.gamma * mdp.weight_M[row][~loop] @ v_S[mdp.next_M[row][~loop]]
             q_n.append(rest / (1 - stay) if stay < 1 - 1e-12 else rest + stay * v_S[s])
         v_S[s], best_S[s] = (max(q_n), pairs[int(np.argmax(q_n))]) if q_n else (0.0, -1)
+    return None
+
+
+def leading(mdp: FiniteMDP) -> tuple[Ints, Ints]:
+    """The states that lead to each state: where its own begin, [S + 1], and all of them side by side."""
+    owner_M = np.repeat(mdp.state_N, mdp.counts_N)
+    to_K, from_K = np.divmod(np.unique(mdp.next_M.astype(np.int64) * mdp.num_states + owner_M), mdp.num_states)
+    return np.searchsorted(to_K, np.arange(mdp.num_states + 1)), from_K
+
+
+def renew_(
+    mdp: FiniteMDP, into_S1: Ints, into_K: Ints, change_S: Floats, v_S: Floats, times: int, *, twin: bool = False
+) -> None:
+    """So many times: v(s) <- (T v)(s) where that changes most, as far as is known; then a look at those that lead there.
+
+    into_S1, into_K: of `leading`;  change_S: what is known about each state's change"""
+    if not twin:
+        arrays = (mdp.first_S1, *_rows(mdp), mdp.reward_N, float(mdp.gamma))
+        return _kernels().renew_(*arrays, into_S1, into_K, change_S, v_S, times)
+
+    def renewed(s: int) -> float:
+        q_n = q_values(mdp, v_S, twin=True)[mdp.first_S1[s] : mdp.first_S1[s + 1]]
+        return float(q_n.max()) if len(q_n) else 0.0
+
+    queue = [(-float(change), s) for s, change in enumerate(change_S) if change > 0]
+    heapq.heapify(queue)
+    for _ in range(times):
+        if not queue:
+            break
+        _, s = heapq.heappop(queue)
+        v_S[s] = renewed(s)
+        for other in into_K[into_S1[s] : into_S1[s + 1]].tolist():
+            change = abs(renewed(other) - v_S[other])
+            if change > 0:
+                heapq.heappush(queue, (-float(change), other))
     return None
 
 

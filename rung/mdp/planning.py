@@ -21,7 +21,7 @@ from rung.core.errors import ConfigError, ModelError, nearest
 from rung.mdp.certificates import Bounds, Certifier, distances, ending_pairs, factor, one_hot, rounding
 from rung.mdp.finite import FiniteMDP, Floats, Ints, sums
 from rung.mdp.linear import LONG_ROWS, SMALL, krylov, richardson, rows_of
-from rung.mdp.operators import backup, follow, q_values, sweep_, ties
+from rung.mdp.operators import backup, follow, leading, q_values, renew_, sweep_, ties
 
 LARGEST_TRUNCATION = 400  # sweeps
 SPREAD = 1e-3  # of the changes of a backup: where sweeps of its policy end
@@ -175,10 +175,15 @@ def policy_iteration(
         pair_S = np.where(better_S, greedy_S, pair_S)
 
 
-def truncated_policy_iteration(mdp: FiniteMDP, sweeps: int | None = None) -> Iterator[Iterate]:
-    """v <- T_pi^sweeps v of the greedy policy; by default until its changes spread SPREAD times as wide."""
+def truncated_policy_iteration(
+    mdp: FiniteMDP, sweeps: int | None = None, v_S: Floats | None = None
+) -> Iterator[Iterate]:
+    """v <- T_pi^sweeps v of the greedy policy, from `v_S` if given; by default until the sweeps change values little.
+
+    That is until their changes spread SPREAD times as wide as those of the backup before."""
     work = _Work(mdp)
-    v_S, natural_I, followed_S = work.certify.start(), np.arange(mdp.num_states), None
+    natural_I, followed_S = np.arange(mdp.num_states), None
+    v_S = work.certify.start() if v_S is None else v_S
     while True:
         next_S, pair_S = work.backup(v_S)
         yield work.iterate(v_S, next_S, pair_S)
@@ -225,37 +230,13 @@ def automatic(mdp: FiniteMDP) -> Iterator[Iterate]:
 
 def prioritized_sweeping(mdp: FiniteMDP) -> Iterator[Iterate]:
     """The state whose value would change most is renewed first; then those that lead to it are looked at again."""
-    import heapq
-
-    work = _Work(mdp)
+    work, into_S1, into_M = _Work(mdp), *leading(mdp)
     v_S = work.certify.start()
-    owner_M = np.repeat(mdp.state_N, mdp.counts_N)
-    order_M = np.argsort(mdp.next_M, kind="stable")
-    first_S1 = np.concatenate(([0], np.cumsum(np.bincount(mdp.next_M, minlength=mdp.num_states))))
-    leads_M = owner_M[order_M]
-
-    def renewed(state: int) -> float:
-        best = -np.inf
-        for n in range(mdp.first_S1[state], mdp.first_S1[state + 1]):
-            row = slice(mdp.row_N1[n], mdp.row_N1[n + 1])
-            best = max(best, mdp.reward_N[n] + mdp.gamma * float(mdp.weight_M[row] @ v_S[mdp.next_M[row]]))
-        return best if np.isfinite(best) else 0.0
-
     next_S, pair_S = work.backup(v_S)
     while True:
         yield work.iterate(v_S, next_S, pair_S)
         v_S = v_S.copy()
-        queue = [(-abs(change), state) for state, change in enumerate(next_S - v_S) if change]
-        heapq.heapify(queue)
-        for _ in range(mdp.num_states):
-            if not queue:
-                break
-            _, state = heapq.heappop(queue)
-            v_S[state] = renewed(state)
-            for leading in np.unique(leads_M[first_S1[state] : first_S1[state + 1]]):
-                change = abs(renewed(int(leading)) - v_S[leading])
-                if change > 0:
-                    heapq.heappush(queue, (-change, int(leading)))
+        renew_(mdp, into_S1, into_M, abs(next_S - v_S), v_S, mdp.num_states)
         next_S, pair_S = work.backup(v_S)
 
 

@@ -10,7 +10,7 @@ from rung.mdp import finite, zoo
 from rung.mdp.horizons import finite_horizon
 from rung.mdp.operators import backup
 from rung.mdp.oracle import epsilon_greedy, epsilon_soft_optimum, oracle, uniform
-from rung.mdp.planning import solve
+from rung.mdp.planning import policy_iteration, solve, truncated_policy_iteration
 from rung.mdp.zoo.grids import places
 
 
@@ -69,7 +69,7 @@ def test_the_short_corridor_has_its_best_policy_between_left_and_right():
     def value(right: float) -> float:
         return oracle(mdp, np.where(mdp.action_N == 1, right, 1 - right)).objective
 
-    chances = np.linspace(0.58, 0.59, 10_001)
+    chances = np.linspace(0.5853, 0.5863, 1001)
     values = [value(p) for p in chances]
     assert round(float(chances[int(np.argmax(values))]), 5) == round(published["right"], 5)
     assert round(value(published["right"]), 5) == round(published["best"], 5)
@@ -103,7 +103,7 @@ def test_the_regulator_on_a_grid_is_near_riccatis_answer(points, actions):
 
 
 def test_jacks_cars_moved_as_in_figure_4_2():
-    """Five from a full first place to an empty second, none where they are few; v(20, 20) about 637 and v(0, 0) 421."""
+    """Five from a full first place to an empty second, four the other way, none where they are few."""
     mdp = zoo.car_rental()
     found = solve(mdp, "policy")
     action_S = {name: mdp.action_names[a] for name, a in zip(mdp.state_names, found.action_S, strict=True)}
@@ -164,6 +164,46 @@ def test_answers_of_other_solvers(method):
     puterman, forest = (PUBLISHED["solvers"][name] for name in ("puterman", "forest"))
     assert np.allclose(solve(zoo.puterman(puterman["gamma"]), method).v_S, puterman["values"], atol=1e-6)
     assert np.allclose(solve(zoo.forest(gamma=forest["gamma"]), method).v_S, forest["values"], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["puterman", "forest"])
+def test_policy_iteration_takes_as_many_policies_as_others_print(name):
+    """From the policy that is greedy for nothing to come."""
+    published = PUBLISHED["solvers"][name]
+    mdp = getattr(zoo, name)(gamma=published["gamma"])
+    iterates = list(policy_iteration(mdp, backup(mdp, np.zeros(mdp.num_states))[1]))
+    assert len(iterates) == published["policies"]
+    assert np.allclose(iterates[-1].v_S, published["values"], atol=5e-9)
+
+
+def test_modified_policy_iteration_on_putermans_model_prints_what_quantecon_does():
+    """From 0, twenty sweeps a policy, until T v - v spreads by less than (1 - gamma) epsilon / gamma; the middle."""
+    published, mdp = PUBLISHED["solvers"]["puterman_modified"], zoo.puterman(0.95)
+    iterates = enumerate(truncated_policy_iteration(mdp, sweeps=published["sweeps"], v_S=np.zeros(2)), start=1)
+    spread = 0.05 / 0.95 * published["epsilon"]
+    count, last = next((k, it) for k, it in iterates if np.ptp(backup(mdp, it.v_S)[0] - it.v_S) < spread)
+    assert count == published["iterations"]
+    assert np.allclose(last.bounds.middle_S, published["values"], atol=5e-9)
+
+
+def test_the_model_that_mushroom_rl_tests_with():
+    """Four states, one of them an end; a step fails with chance 0.1."""
+    published = PUBLISHED["solvers"]["mushroom"]
+    moves = [[0, 2, 0, 1], [1, 3, 0, 1], [0, 2, 2, 3]]  # where an action leads; to stay is certain
+    model = {
+        s: {a: [(1.0, s, 0.0)] if to == s else [(0.9, to, float(to == 3)), (0.1, s, 0.0)] for a, to in enumerate(row)}
+        for s, row in enumerate(moves)
+    }
+    found = solve(finite.from_dict(model, published["gamma"]), epsilon=1e-9)
+    assert np.allclose(found.v_S, published["values"], atol=5e-9)
+    assert all(found.optimal_N[4 * s + action] for s, action in enumerate(published["policy"]))
+
+
+def test_the_model_of_mdpsolvers_first_page():
+    published = PUBLISHED["solvers"]["mdpsolver"]
+    prob = [[[0.9, 0.1, 0], [0.1, 0.9, 0]], [[0.4, 0.5, 0.1], [0.3, 0.5, 0.2]], [[0.2, 0.2, 0.6], [0.5, 0.5, 0]]]
+    mdp = finite.from_arrays(np.array(prob), np.array([[5.0, -1], [1, -2], [50, 0]]), published["gamma"])
+    assert solve(mdp).action_S.tolist() == published["policy"]
 
 
 def test_a_solver_that_stops_on_the_span_prints_values_that_are_off_by_two():

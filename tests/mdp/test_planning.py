@@ -248,6 +248,15 @@ def test_the_operators_are_monotone_contract_and_equal_their_twins(seed, other):
     operators.sweep_(mdp, order_S, twin_S, twin_best_S, twin=True)
     assert np.allclose(swept, twin_S, atol=1e-12)
     assert (best_S == twin_best_S).all()
+    renewed, twin_S, change_S = low_S.copy(), low_S.copy(), abs(operators.backup(mdp, low_S)[0] - low_S)
+    into_S1, into_K = operators.leading(mdp)
+    for s in range(mdp.num_states):
+        before = mdp.state_N[np.repeat(np.arange(mdp.num_pairs), mdp.counts_N)[mdp.next_M == s]]
+        assert into_K[into_S1[s] : into_S1[s + 1]].tolist() == sorted(set(before.tolist()))
+    times = int(rng.integers(3 * mdp.num_states))
+    operators.renew_(mdp, into_S1, into_K, change_S, renewed, times)
+    operators.renew_(mdp, into_S1, into_K, change_S, twin_S, times, twin=True)
+    assert np.allclose(renewed, twin_S, atol=1e-12)
 
 
 @settings(max_examples=25, deadline=None)
