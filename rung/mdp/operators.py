@@ -8,9 +8,8 @@ Both are monotone, and contract by gamma times the largest weight of a row.  [Pu
 Numba's loops (`kernels.py`) do the work; with `twin=True` the same numbers come from NumPy and SciPy.
 """
 
-from dataclasses import replace
-
 import heapq
+from dataclasses import replace
 
 import numpy as np
 
@@ -77,7 +76,7 @@ def leading(mdp: FiniteMDP) -> tuple[Ints, Ints]:
 def renew_(
     mdp: FiniteMDP, into_S1: Ints, into_K: Ints, change_S: Floats, v_S: Floats, times: int, *, twin: bool = False
 ) -> None:
-    """So many times: v(s) <- (T v)(s) where that changes most, as far as is known; then a look at those that lead there.
+    """So many times: v(s) <- (T v)(s) where that is known to change most; then a look at the states that lead there.
 
     into_S1, into_K: of `leading`;  change_S: what is known about each state's change"""
     if not twin:
