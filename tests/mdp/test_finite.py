@@ -199,3 +199,26 @@ def test_sums_of_many_rows_equal_their_twin(monkeypatch):
     row_N1, numbers_M = np.array([0, 0, 3, 3, 4, 9, 9]), np.arange(1.0, 10.0)
     assert finite.sums(numbers_M, row_N1).tolist() == [0, 6, 0, 4, 35, 0]
     assert finite.sums(numbers_M, row_N1, twin=True).tolist() == [0, 6, 0, 4, 35, 0]
+
+
+def test_a_maze_is_carved_as_a_walk_that_calls_itself_does():
+    """Depth first from cell 0, each cell's neighbours in its own order."""
+    from rung.mdp.kernels import carve
+
+    rows, columns = 6, 7
+    order_S4 = np.random.default_rng(0).permuted(np.tile(np.arange(4), (rows * columns, 1)), axis=1)
+    open_S4, expected_S4, seen = np.zeros((42, 4), bool), np.zeros((42, 4), bool), set()
+
+    def visit(cell: int) -> None:
+        seen.add(cell)
+        for side in order_S4[cell]:
+            row, column = cell // columns + [-1, 0, 1, 0][side], cell % columns + [0, 1, 0, -1][side]
+            there = row * columns + column
+            if 0 <= row < rows and 0 <= column < columns and there not in seen:
+                expected_S4[cell, side] = expected_S4[there, (side + 2) % 4] = True
+                visit(there)
+
+    visit(0)
+    carve(rows, columns, order_S4, open_S4)
+    assert (open_S4 == expected_S4).all()
+    assert expected_S4.sum() == 2 * (rows * columns - 1)

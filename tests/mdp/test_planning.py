@@ -351,8 +351,10 @@ def test_the_average_reward_of_a_wheel():
     found = average_reward(finite.from_dict(model, 1.0), epsilon=1e-9)
     assert found.lower <= 1.5 <= found.upper
     assert found.gain == pytest.approx(1.5, abs=1e-8)
+    assert found.relative_S == pytest.approx([0.0, 1.5], abs=1e-7)  # h = r - gain + P h, and 0 in the first state
     iterates = list(itertools.islice(relative_value_iteration(finite.from_dict(model, 1.0)), 20))
     assert all(one.lower - 1e-12 <= 1.5 <= one.upper + 1e-12 for one in iterates)
+    assert all(one.gain == (one.lower + one.upper) / 2 for one in iterates)
     assert iterates[-1].upper - iterates[-1].lower < 0.1 * (iterates[0].upper - iterates[0].lower)
     with pytest.raises(ModelError, match="needs episodes that never end"):
         average_reward(zoo.chain(3))
