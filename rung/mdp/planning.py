@@ -271,8 +271,6 @@ class _Work:
         return np.where(pair_S >= 0, self.mdp.reward_N[pair_S], 0.0)
 
     def first_policy(self) -> Ints:
-        if self.certify.ending_S is not None:
-            return self.certify.ending_S
         if (self.distance_S >= 0).all():
             return ending_pairs(self.mdp, distance_S=self.distance_S)
         return np.where(self.mdp.terminal_S, -1, self.mdp.first_S1[:-1])
