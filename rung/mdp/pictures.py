@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from rung.core.errors import ConfigError
-from rung.mdp.finite import FiniteMDP, Floats, Numbers
+from rung.mdp.finite import FiniteMDP, Floats, Number, Numbers
 from rung.mdp.zoo.grids import MOVES, places
 
 ARROWS = {"up": "↑", "right": "→", "down": "↓", "left": "←", "stay": "○"}
@@ -117,18 +117,29 @@ def _paint(axes: Any, mdp: FiniteMDP, v_S: Floats, chosen_N: Numbers, title: str
     axes.axis("off")
 
 
-def curves(lines: dict[str, Numbers], path: str | Path, *, across: str, up: str, title: str = "") -> None:
-    """Mean lines with a band of two standard errors, one for each name: an array [lanes, points] or [points]."""
+def curves(
+    lines: dict[str, Numbers],
+    path: str | Path,
+    *,
+    across: str,
+    up: str,
+    at: Numbers | None = None,
+    within: tuple[Number, Number] | None = None,
+    title: str = "",
+) -> None:
+    """Mean lines with a band of two standard errors, one for each name: an array [lanes, points] or [points].
+
+    The points lie at `at` [points], or at 1, 2, 3, ...; what leaves `within` (lowest, highest) is cut off."""
     from matplotlib.figure import Figure
 
     axes = (figure := Figure(figsize=(6, 3.6))).add_subplot()
     for name, values in lines.items():
         points = np.atleast_2d(np.asarray(values, dtype=float))
-        mean, x = points.mean(0), np.arange(1, points.shape[1] + 1)
+        mean, x = points.mean(0), np.arange(1, points.shape[1] + 1) if at is None else np.asarray(at)
         error = 2 * points.std(0, ddof=1) / np.sqrt(len(points)) if len(points) > 1 else np.zeros_like(mean)
-        axes.plot(x, mean, label=name)
+        axes.plot(x, mean, "o-" if len(x) <= 10 else "-", label=name)
         axes.fill_between(x, mean - error, mean + error, alpha=0.2)
-    axes.set(xlabel=across, ylabel=up, title=title)
+    axes.set(xlabel=across, ylabel=up, title=title, ylim=within)
     axes.legend(frameon=False)
     figure.savefig(path, bbox_inches="tight")
 

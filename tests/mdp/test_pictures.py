@@ -36,6 +36,23 @@ def test_a_drawing_is_the_same_file_every_time(tmp_path):
     assert len(re.findall("#d9d9d9", (tmp_path / "one.svg").read_text())) == 6  # forbidden cells
 
 
+def test_a_curve_lies_where_it_was_measured_and_what_diverges_hides_nothing(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    seen = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: seen.append(figure.axes[0]))
+    lanes = np.array([[1.0, 2.0, 3e4], [3.0, 2.0, 5e4]])
+    pictures.curves({"TD": lanes}, tmp_path / "x.svg", across="lambda", up="RMSE", at=[0.0, 0.4, 1.0], within=(0, 5))
+    pictures.curves({"TD": lanes}, tmp_path / "x.svg", across="episode", up="RMSE")
+    assert seen[0].lines[0].get_xydata().tolist() == [[0.0, 2.0], [0.4, 2.0], [1.0, 4e4]]
+    assert seen[0].get_ylim() == (0, 5)
+    assert seen[0].get_xlabel() == "lambda"
+    assert seen[1].lines[0].get_xdata().tolist() == [1, 2, 3]
+    assert seen[1].get_ylim()[1] > 4e4
+    band = seen[0].collections[0].get_paths()[0].vertices
+    assert {0.0, 4.0} <= set(band[band[:, 0] == 0.0][:, 1])  # two standard errors of 1 and 3: 2 - 2, 2 + 2
+
+
 def test_sweeps_become_an_animation_with_a_frame_each(tmp_path):
     from PIL import Image
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from rung.mdp import pictures
 from rung.mdp.control import Learning
-from rung.mdp.finite import FiniteMDP, Floats, Numbers
+from rung.mdp.finite import FiniteMDP, Floats, Number, Numbers
 from rung.mdp.operators import policy_of
 
 LETTERS = {"up": "U", "right": "R", "down": "D", "left": "L", "stay": "S"}
@@ -70,11 +70,18 @@ def optimal_picture(mdp: FiniteMDP, v_S: Floats, optimal_N: Numbers) -> Draw:
     return draw
 
 
-def curves(lines: Mapping[str, Numbers], *, across: str, up: str) -> Draw:
+def curves(
+    lines: Mapping[str, Numbers],
+    *,
+    across: str,
+    up: str,
+    at: Numbers | None = None,
+    within: tuple[Number, Number] | None = None,
+) -> Draw:
     """Draws lines with their bands."""
 
     def draw(path: Path) -> None:
-        pictures.curves(dict(lines), path, across=across, up=up)
+        pictures.curves(dict(lines), path, across=across, up=up, at=at, within=within)
 
     return draw
 

@@ -163,9 +163,11 @@ def corridor() -> Figure:
             "greedy_right": corridor_oracle(0.95).objective,
         },
         draw=curves(
-            {"J": [max(corridor_oracle(float(right)).objective, -100.0) for right in chances]},
-            across="chance of right, in per cent, less 1",
+            {"J": [corridor_oracle(float(right)).objective for right in chances]},
+            across="chance of right",
             up="value of the start",
+            at=chances,
+            within=(-100, 0),
         ),
     )
 

@@ -105,7 +105,7 @@ def windy() -> Figure:
                 late.mean() < careful + 5
             )
         },
-        draw=curves({"Sarsa": ended_NT.cumsum(1)[:, ::20]}, across="20 steps", up="episodes"),
+        draw=curves({"Sarsa": ended_NT.cumsum(1)[:, ::20]}, across="steps", up="episodes", at=np.arange(1, steps, 20)),
     )
 
 
@@ -131,7 +131,7 @@ def cliff() -> Figure:
                 abs(late["expected_sarsa"] - careful) < 5
             ),
         },
-        draw=curves({k: np.maximum(v, -150) for k, v in lines.items()}, across="episode", up="sum of rewards"),
+        draw=curves(lines, across="episode", up="sum of rewards", within=(-150, 0)),
     )
 
 
@@ -156,9 +156,7 @@ def cliff_by_steps() -> Figure:
                 (mean["expected_sarsa"] > mean["sarsa"])[2:].all()
             ),
         },
-        draw=curves(
-            {k: np.maximum(v, -160) for k, v in lines.items()}, across="step size, in order", up="sum of rewards"
-        ),
+        draw=curves(lines, across="step size", up="sum of rewards", at=sizes, within=(-160, 0)),
     )
 
 
@@ -212,7 +210,7 @@ def n_steps() -> Figure:
                 min(best["n = 2"], best["n = 4"]) < min(best["n = 1"], best["n = 16"])
             )
         },
-        draw=curves({k: np.minimum(v, 0.55) for k, v in lines.items()}, across="step size, in order", up="RMSE"),
+        draw=curves(lines, across="step size", up="RMSE", at=sizes, within=(0.2, 0.55)),
     )
 
 
@@ -241,7 +239,7 @@ def bairds() -> Figure:
             "TDC comes nearer": bool(ends["TDC"] < 0.6),
             "emphatic TD comes nearer in expectation": bool(ends["emphatic TD, expected"] < 0.6),
         },
-        draw=curves({k: np.minimum(v, 50) for k, v in lines.items()}, across="steps", up="RMS value"),
+        draw=curves(lines, across="steps", up="RMS value", within=(0, 50)),
     )
 
 
@@ -297,7 +295,7 @@ def traces() -> Figure:
                 mean["TD(lambda)"][3, -1] > 0.6 > mean["true online"][3, -1]
             ),
         },
-        draw=curves(lines, across="lambda, in order", up="RMSE"),
+        draw=curves(lines, across="lambda", up="RMSE", at=lambdas, within=(0.2, 0.55)),
     )
 
 
@@ -320,7 +318,8 @@ def corridor() -> Figure:
         claims={"most come within 3 of the best mixture": bool(np.median(values_NE[:, -1]) > best - 3)},
         draw=curves(
             {"REINFORCE": values_NE, "best": np.full(values_NE.shape[1], best)},
-            across=f"{every} episodes",
+            across="episodes",
+            at=np.arange(every, count + 1, every),
             up="value of the start",
         ),
     )

@@ -135,7 +135,12 @@ def off_policy() -> Figure:
         f"50k and 100k steps, mean of {lanes} lanes (published: of 3)",
         numbers={f"from_{start}": line.mean(0)[marks] for start, line in lines.items()},
         claims={"all three end at the optimum": bool(max(line[:, -1].max() for line in lines.values()) < 0.1)},
-        draw=curves({f"from {start}": line for start, line in lines.items()}, across="1000 steps", up="RMSE"),
+        draw=curves(
+            {f"from {start}": line for start, line in lines.items()},
+            across="steps",
+            up="RMSE",
+            at=np.arange(every, 100_001, every),
+        ),
     )
 
 
@@ -166,7 +171,7 @@ def linear_td() -> Figure:
             )
             for name, line in lines.items()
         },
-        draw=curves(lines, across=f"{every} steps", up="RMSE"),
+        draw=curves(lines, across="steps", up="RMSE", at=np.arange(every, steps + 1, every)),
     )
 
 
