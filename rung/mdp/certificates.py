@@ -212,7 +212,8 @@ def ending_pairs(mdp: FiniteMDP, allowed_N: np.ndarray | None = None, *, distanc
         state = int(stuck.argmax())
         raise ModelError(
             f"gamma is 1, and from {mdp.state_name(state)} no end can be reached ({int(stuck.sum())} such states): "
-            "values would be infinite or undefined. Use gamma < 1, average_reward, or end the episode somewhere"
+            "values would be infinite or undefined. Use gamma < 1, average_reward, or end the episode somewhere "
+            '(a grid ends at its target with target="end", rung solve --model.target end)'
         )
     own_M = np.repeat(distance_S[mdp.state_N], mdp.counts_N)
     nearer_M = np.where(distance_S[mdp.next_M] < own_M, mdp.weight_M, 0.0)
