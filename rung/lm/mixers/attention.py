@@ -45,6 +45,8 @@ class Attention(nn.Module):
         self.out = Linear(outer, width, spec.out_bias, dtype, device)
         sizes = {"none": (), "head": (spec.head_dim,) * 2, "width": (outer, spec.kv_heads * spec.head_dim)}
         norms = [RMSNorm(size, spec.norm_eps, dtype, device, spec.norm) for size in sizes[spec.qk_norm]]
+        self.q_norm: RMSNorm | None
+        self.k_norm: RMSNorm | None
         self.q_norm, self.k_norm = norms or (None, None)
 
     def plan(self, layout: Layout, new: Placement | None) -> Plan:

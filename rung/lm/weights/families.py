@@ -1,7 +1,7 @@
 """config.json <-> DecoderConfig.  A family is one function; what it cannot express is an error, not a guess.
 
-What a config.json leaves out is what transformers takes it for (`LEFT_OUT`).  transformers 5 writes `rope_parameters`, 4 wrote `rope_theta` and `rope_scaling`: both are read, and the older form,
-which both understand, is written.
+What a config.json leaves out is what transformers takes it for (`LEFT_OUT`).  transformers 5 writes `rope_parameters`,
+4 wrote `rope_theta` and `rope_scaling`: both are read, and the older form, which both understand, is written.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -86,8 +86,8 @@ def to_hugging_face(config: DecoderConfig) -> dict[str, Any]:
     }
     if from_hugging_face(raw, where="this decoder") != config:
         raise ModelError(
-            "Only a decoder that is a Llama can be written as a new folder: equal blocks, all attention biases or none, "
-            "no windows, soft-caps or further norms. Load a folder of the family it is meant to be, and save that."
+            "Only a Llama can be written as a new folder: equal blocks, all attention biases or none, no windows, "
+            "soft-caps or further norms. For another family, load a folder of it, set its weights and save that."
         )
     return raw
 
