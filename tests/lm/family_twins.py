@@ -107,14 +107,14 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def _config(kind: str, **changes: Any) -> Any:
+def their_config(kind: str, **changes: Any) -> Any:
     family, differs = KINDS[kind]
     return transformers.AutoConfig.for_model(family, **COMMON | differs | changes)
 
 
 def their_model(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:
     """Weights of order one, so that logits are too, and what a token sees changes them."""
-    model = transformers.AutoModelForCausalLM.from_config(_config(kind, **changes), attn_implementation="eager")
+    model = transformers.AutoModelForCausalLM.from_config(their_config(kind, **changes), attn_implementation="eager")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
