@@ -188,8 +188,8 @@ def test_bytes_that_are_no_gguf_are_named(tmp_path):
 
 
 BROKEN = {
-    "architecture": ({"general.architecture": "gemma"}, "architecture 'llama', found 'gemma'"),
-    "vocabulary": ({"tokenizer.ggml.model": "llama"}, "needed a byte-level BPE vocabulary"),
+    "architecture": ({"general.architecture": "gemma"}, "architecture llama, qwen2, qwen3, found 'gemma'"),
+    "vocabulary": ({"tokenizer.ggml.model": "t5"}, "needed a vocabulary of kind 'gpt2' or 'llama', found 't5'"),
     "pre-tokenizer": ({"tokenizer.ggml.pre": "smolm"}, r"unknown pre-tokenizer 'smolm'\. Did you mean 'smollm'"),
     "merges": ({"merges": ["a z"]}, "vocabulary cannot be used"),
     "tensor": (
