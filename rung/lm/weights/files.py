@@ -43,16 +43,16 @@ DTYPES: Mapping[str, torch.dtype] = {
 }
 CODES: Mapping[torch.dtype, str] = {dtype: code for code, dtype in DTYPES.items()}
 BYTES: Mapping[str, int] = {  # of one number; what DTYPES lacks is measured all the same, and refused by its name
-    **{"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2},
-    **{"I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8, "C64": 8},
-}
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8, "C64": 8,
+}  # fmt: skip
 ALIGNMENT = 8  # of the first tensor's byte, as the reference writer has it
 MAX_JSON = 32 << 20  # bytes of a header or JSON file: twice the index of a model of 140 000 tensors
 MAX_DIMS, MAX_DIM = 8, 1 << 40  # no tensor of a model comes near either
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")  # pickles: reading one runs whatever code its author put there
 CONVERSION = (
-    'python -c "import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; a, b = sys.argv[1:]; '
-    'M.from_pretrained(a).save_pretrained(b); T.from_pretrained(a).save_pretrained(b)" '
+    'python -c "import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
+    'a, b = sys.argv[1:]; M.from_pretrained(a).save_pretrained(b); T.from_pretrained(a).save_pretrained(b)" '
 )
 
 

@@ -82,12 +82,12 @@ def convert(path: Path, folder: Path, listener: Listener = silent) -> None:
 
 def hugging_face_config(file: GGUFFile) -> dict[str, Any]:
     """config.json of a GGUF's metadata and tensor table."""
-    facts, kind = file.facts, file.facts.get("general.architecture")
+    facts, kind = file.facts, str(file.facts.get("general.architecture"))
     if kind not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise ModelError(
-            f"{file.path}: needed a GGUF of architecture {known}, found {kind!r}. Load the model's Hugging Face folder, "
-            "where Rung knows its family."
+            f"{file.path}: needed a GGUF of architecture {known}, found {kind!r}. Load the "
+            "model's Hugging Face folder, where Rung knows its family."
         )
 
     def whole(name: str, default: int | None = None) -> int:

@@ -23,17 +23,12 @@ from rung.lm.weights.quants import QUANTS, dequantise
 MAGIC, VERSIONS = b"GGUF", (2, 3)
 BIG_ENDIAN = 1 << 24  # from here on a version is a small number read the wrong way round
 MAX_HEADER = 256 << 20  # bytes before the tensors: ten times the largest vocabulary that is known
-MAX_FACTS, MAX_TENSORS, MAX_STRINGS = (
-    1 << 12,
-    1 << 16,
-    1 << 21,
-)  # known: 60, 2000, 515 000 (the merges of 262 144 tokens)
+MAX_FACTS, MAX_TENSORS, MAX_STRINGS = 1 << 12, 1 << 16, 1 << 21  # known: 60, 2000, 515 000 (merges)
 MAX_DIMS, MAX_NAME, MAX_ALIGNMENT = 4, 1 << 10, 1 << 16
 STRING, ARRAY, BOOL = 8, 9, 7
 NUMBERS: Mapping[int, str] = {  # type -> NumPy's name
-    **{0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", BOOL: "<u1"},
-    **{10: "<u8", 11: "<i8", 12: "<f8"},
-}
+    0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", BOOL: "<u1", 10: "<u8", 11: "<i8", 12: "<f8",
+}  # fmt: skip
 CHUNK = 1 << 24  # numbers that are dequantised at a time
 
 

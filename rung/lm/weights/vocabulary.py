@@ -1,7 +1,7 @@
 """The vocabulary inside a GGUF file as a Hugging Face tokenizer.
 
-    gpt2    byte-level BPE: tokens, merges, and the name of the rule that cuts text before it      [Llama 3, Qwen, SmolLM]
-    llama   SentencePiece's BPE: tokens with scores; the pair whose union scores best is joined first     [Llama 2]
+    gpt2    byte-level BPE: tokens, merges, and the name of the rule that cuts text before it    [Llama 3, Qwen, SmolLM]
+    llama   SentencePiece's BPE: tokens with scores; the pair whose union scores best is joined first   [Llama 2]
 
 Merges of the second kind follow from its scores, as transformers derives them.  Tokens that control, or stand for a
 byte, take no part in merges: text never becomes one of them.
@@ -37,7 +37,7 @@ COMPOSED = ("qwen2",)  # text is brought into Unicode's form NFC first
 
 def tokenizer(facts: Mapping[str, Any], *, where: str):
     """The `tokenizers.Tokenizer` of a GGUF's metadata.  Raises ModelError with what was needed."""
-    model = facts.get("tokenizer.ggml.model")
+    model = str(facts.get("tokenizer.ggml.model"))
     if model not in MODELS:
         raise ModelError(
             f"{where}: needed a vocabulary of kind {' or '.join(map(repr, MODELS))}, found {model!r}. Load the "
@@ -65,7 +65,7 @@ def _byte_level(facts: Mapping[str, Any], words: Sequence[str], kinds: Sequence[
     if split not in PRE_TOKENIZERS:
         raise ModelError(f"{where}: unknown pre-tokenizer {split!r}. {nearest(str(split), PRE_TOKENIZERS)}")
     vocab = {word: i for i, word in enumerate(words[: _ordinary(kinds)])}
-    merges = [tuple(merge.split(" ")) for merge in _strings(facts, "merges")]
+    merges = [(left, right) for left, right in (merge.split(" ") for merge in _strings(facts, "merges"))]
     made = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=split in WHOLE_WORDS))
     if split in COMPOSED:
         made.normalizer = normalizers.NFC()
