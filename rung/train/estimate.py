@@ -119,8 +119,10 @@ def activation_bytes(config: DecoderConfig, width: int) -> float:
     """Bytes that one token leaves behind in a forward pass for its backward pass."""
     total = 0.0
     for block in config.blocks:
-        mixer = 2 * (block.mixer.heads + block.mixer.kv_heads) * block.mixer.head_dim
-        total += width * (4 * config.width + mixer + 3 * block.channel.width)
+        qk = (block.mixer.heads + block.mixer.kv_heads) * block.mixer.head_dim
+        mixer = 2 * qk if block.mixer.qk_norm == "none" else 3 * qk
+        norms = 6 if block.norms == "both" else 4  # of the model's width: what norms and the matrices behind them keep
+        total += width * (norms * config.width + mixer + 3 * block.channel.width)
     return total
 
 

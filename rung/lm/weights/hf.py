@@ -36,7 +36,7 @@ from rung.lm.weights.files import (
     tensors,
     write_shard,
 )
-from rung.lm.weights.names import HUGGING_FACE, Part, Rule, rules, split
+from rung.lm.weights.names import Part, Rule, hugging_face_names, rules, split
 
 DERIVED = ".rotary_emb.inv_freq"  # a table that old Llama files carry; it follows from the config, and is not kept
 
@@ -69,7 +69,7 @@ def load_folder(
     raw = read_json(path / "config.json")
     config = from_hugging_face(raw, where=str(path / "config.json"))
     shards = read_shards(path)
-    table = rules(config, HUGGING_FACE)
+    table = rules(config, hugging_face_names(raw))
     _check(table, shards, path, tied=config.tied)
     first = next(entry for shard in shards for entry in shard.entries if entry.name == table[0].parts[0].name)
     decoder = Decoder(config, dtype=dtype or DTYPES[first.dtype], device=torch.device(device))
@@ -81,10 +81,9 @@ def load_folder(
 
 def new_folder(config: DecoderConfig, dtype: torch.dtype) -> Folder:
     """The folder of a decoder that was made here and not loaded."""
-    entries = tuple(
-        Entry(part.name, CODES[dtype], part.shape) for rule in rules(config, HUGGING_FACE) for part in rule.parts
-    )
     raw = to_hugging_face(config) | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    table = rules(config, hugging_face_names(raw))
+    entries = tuple(Entry(part.name, CODES[dtype], part.shape) for rule in table for part in rule.parts)
     return Folder(config=raw, shards=(Shard(file=SINGLE, entries=entries),))
 
 
@@ -123,7 +122,8 @@ def save_folder(path: Path, folder: Folder, config: DecoderConfig, weights: Mapp
 
 def _write(aside: Path, folder: Folder, config: DecoderConfig, weights: Mapping[str, Tensor]) -> None:
     """Every file of a model folder."""
-    source = {part.name: (rule, weights[rule.ours]) for rule in rules(config, HUGGING_FACE) for part in rule.parts}
+    table = rules(config, hugging_face_names(folder.config))
+    source = {part.name: (rule, weights[rule.ours]) for rule in table for part in rule.parts}
     if config.tied:  # some folders write the head all the same
         embedding = weights["embedding.weight"]
         rule = Rule("embedding.weight", (Part("lm_head.weight", tuple(embedding.shape)),))
