@@ -85,8 +85,17 @@ class AttentionSpec:
             raise ConfigError(f"rotary embedding needs an even head_dim; got {self.head_dim}")
         if self.rotary_dim % 2 or not 0 <= self.rotary_dim <= self.head_dim:
             raise ConfigError(f"rotary_dim must be even, from 0 to head_dim={self.head_dim}; got {self.rotary_dim}")
+        factors = (self.rope.short_factor, self.rope.long_factor) if self.rope else ()
+        if self.rope and self.rope.scaling == "longrope" and {len(f) for f in factors} != {self.turned // 2}:
+            found = " and ".join(str(len(f)) for f in factors)
+            raise ConfigError(f"longrope needs {self.turned // 2} factors, one per frequency, twice; got {found}")
         if self.window < 0 or self.softcap < 0:
             raise ConfigError(f"window and softcap must not be negative; got {self.window} and {self.softcap}")
+
+    @property
+    def turned(self) -> int:
+        """How many dimensions of a head turn."""
+        return self.rotary_dim or self.head_dim
 
     @property
     def score_scale(self) -> float:

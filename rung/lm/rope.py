@@ -14,7 +14,6 @@ from functools import lru_cache
 
 import torch
 
-from rung.core.errors import ConfigError
 from rung.core.shapes import Float, Int, Tensor
 from rung.lm.config import AttentionSpec, RopeSpec
 
@@ -25,11 +24,10 @@ def rotary_tables(
     """cos and signed sin of every position, computed in fp32, then cast to dtype and device of `like`.
 
     The sine carries the sign of `rotate`.  Without positions (NoPE) they turn nothing: 1 and 0."""
-    turned = spec.rotary_dim or spec.head_dim
     if spec.rope is None:
-        zero_T1d = torch.zeros(len(position_T), 1, turned).to(like)
+        zero_T1d = torch.zeros(len(position_T), 1, spec.turned).to(like)
         return zero_T1d + 1, zero_T1d
-    frequency_d, scale = frequencies(spec.rope, turned)
+    frequency_d, scale = frequencies(spec.rope, spec.turned)
     angle_Td = position_T[:, None].float() * frequency_d
     cos_Td, sin_Td = angle_Td.cos() * scale, angle_Td.sin() * scale
     cos_Td, sin_Td = torch.cat((cos_Td, cos_Td), -1), torch.cat((-sin_Td, sin_Td), -1)
@@ -110,8 +108,6 @@ def _mscale(factor: float, mscale: float) -> float:
 
 def _longrope(spec: RopeSpec, exponent_d: Tensor) -> tuple[Tensor, float]:
     chosen = spec.long_factor if spec.context > spec.original_positions else spec.short_factor
-    if len(chosen) != len(exponent_d):
-        raise ConfigError(f"longrope needs {len(exponent_d)} factors, one per frequency; got {len(chosen)}")
     scale = spec.attention_factor
     if scale is None:
         log_ratio = math.log(max(spec.factor, 1.0)) / math.log(spec.original_positions)

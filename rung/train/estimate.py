@@ -119,10 +119,11 @@ def activation_bytes(config: DecoderConfig, width: int) -> float:
     """Bytes that one token leaves behind in a forward pass for its backward pass."""
     total = 0.0
     for block in config.blocks:
-        qk = (block.mixer.heads + block.mixer.kv_heads) * block.mixer.head_dim
-        mixer = 2 * qk if block.mixer.qk_norm == "none" else 3 * qk
+        mixer = block.mixer
+        qk = (mixer.heads + mixer.kv_heads) * mixer.head_dim
+        attention = 2 * qk if mixer.qk_norm == "none" else 3 * qk
         norms = 6 if block.norms == "both" else 4  # of the model's width: what norms and the matrices behind them keep
-        total += width * (norms * config.width + mixer + 3 * block.channel.width)
+        total += width * (norms * config.width + attention + 3 * block.channel.width)
     return total
 
 

@@ -59,22 +59,68 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         {"attention_bias": True, "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2}
         | {"num_attention_heads": 7, "num_key_value_heads": 7, "head_dim": 6, "rope_parameters": YARN},
     ),
+    "gemma2": (
+        "gemma2",
+        {"sliding_window": WINDOW, "query_pre_attn_scalar": 17, "attn_logit_softcapping": 0.7}
+        | {"final_logit_softcapping": 1.3},
+    ),
+    "gemma2, biases, untied, one cap, layer types": (
+        "gemma2",
+        {"sliding_window": 3, "query_pre_attn_scalar": 10, "attn_logit_softcapping": None, "attention_bias": True}
+        | {"final_logit_softcapping": 2.0, "tie_word_embeddings": False, "head_dim": 4, "num_key_value_heads": 1}
+        | {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"]},
+    ),
+    "gemma3": (
+        "gemma3_text",
+        {"sliding_window": WINDOW, "num_hidden_layers": 7, "query_pre_attn_scalar": 12}
+        | {"rope_parameters": {"full_attention": LINEAR, "sliding_attention": {"rope_type": "default"}}},
+    ),
+    "gemma3, biases, untied, capped": (
+        "gemma3_text",
+        {"sliding_window": 3, "num_hidden_layers": 4, "sliding_window_pattern": 2, "attention_bias": True}
+        | {"tie_word_embeddings": False, "final_logit_softcapping": 1.5},
+    ),
+    "phi3": ("phi3", {"head_dim": 6, "hidden_size": 36}),
+    "phi3, windows, in part, one kv head, tied": (
+        "phi3",
+        {"sliding_window": WINDOW, "num_key_value_heads": 1, "hidden_size": 48, "head_dim": 8}
+        | {"tie_word_embeddings": True}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 700.0, "partial_rotary_factor": 0.75}},
+    ),
+    "phi3, longrope in part": (
+        "phi3",
+        {"hidden_size": 48, "head_dim": 8, "original_max_position_embeddings": 32, "max_position_embeddings": 128}
+        | {"rope_parameters": LONGROPE | {"partial_rotary_factor": 0.75}},
+    ),
+    "olmo2": ("olmo2", {}),
+    "olmo2, biases, tied, llama3": (
+        "olmo2",
+        {"attention_bias": True, "num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": 4}
+        | {"tie_word_embeddings": True, "rope_parameters": LLAMA3},
+    ),
+    "smollm3": ("smollm3", {"num_hidden_layers": 5, "rope_parameters": YARN}),
+    "smollm3, biases, windows where nothing turns": (
+        "smollm3",
+        {"no_rope_layers": [0, 1, 0], "use_sliding_window": True, "sliding_window": WINDOW, "attention_bias": True}
+        | {"mlp_bias": True, "tie_word_embeddings": False, "num_attention_heads": 9, "num_key_value_heads": 3},
+    ),
 }
 
 
-def _config(kind: str, **changes: Any) -> Any:
+def their_config(kind: str, **changes: Any) -> Any:
     family, differs = KINDS[kind]
     return transformers.AutoConfig.for_model(family, **COMMON | differs | changes)
 
 
 def their_model(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:
     """Weights of order one, so that logits are too, and what a token sees changes them."""
-    model = transformers.AutoModelForCausalLM.from_config(_config(kind, **changes), attn_implementation="eager")
+    model = transformers.AutoModelForCausalLM.from_config(their_config(kind, **changes), attn_implementation="eager")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             centre = 0.0 if parameter.dim() > 1 or name.endswith("bias") or "gemma" in kind else 1.0
-            parameter.copy_(centre + torch.randn(parameter.shape, generator=generator) * 0.25)
+            spread = 0.25 if parameter.dim() == 1 else 1.3 * parameter.shape[1] ** -0.5
+            parameter.copy_(centre + torch.randn(parameter.shape, generator=generator) * spread)
     return model.to(dtype).eval()
 
 

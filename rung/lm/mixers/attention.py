@@ -45,6 +45,8 @@ class Attention(nn.Module):
         self.out = Linear(outer, width, spec.out_bias, dtype, device)
         sizes = {"none": (), "head": (spec.head_dim,) * 2, "width": (outer, spec.kv_heads * spec.head_dim)}
         norms = [RMSNorm(size, spec.norm_eps, dtype, device, spec.norm) for size in sizes[spec.qk_norm]]
+        self.q_norm: RMSNorm | None
+        self.k_norm: RMSNorm | None
         self.q_norm, self.k_norm = norms or (None, None)
 
     def plan(self, layout: Layout, new: Placement | None) -> Plan:
@@ -62,7 +64,7 @@ class Attention(nn.Module):
         sizes = [heads * spec.head_dim for heads in (spec.heads, spec.kv_heads, spec.kv_heads)]
         q_TO, k_TI, v_TI = qkv_TE.split(sizes, -1)
         q_TO, k_TI = (
-            norm(x_TI.reshape(-1, len(norm.weight))).view(len(x_TI), -1)
+            norm(x_TI.contiguous().view(-1, len(norm.weight))).view(len(x_TI), -1)  # a slice would keep all of qkv
             for norm, x_TI in ((self.q_norm, q_TO), (self.k_norm, k_TI))
         )
         return torch.cat((q_TO, k_TI, v_TI), -1)

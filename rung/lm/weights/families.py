@@ -1,7 +1,7 @@
 """config.json <-> DecoderConfig.  A family is one function; what it cannot express is an error, not a guess.
 
-What a config.json leaves out is what transformers takes it for (`LEFT_OUT`).  transformers 5 writes `rope_parameters`, 4 wrote `rope_theta` and `rope_scaling`: both are read, and the older form,
-which both understand, is written.
+What a config.json leaves out is what transformers takes it for (`LEFT_OUT`).  transformers 5 writes `rope_parameters`,
+4 wrote `rope_theta` and `rope_scaling`: both are read, and the older form, which both understand, is written.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -75,7 +75,7 @@ def to_hugging_face(config: DecoderConfig) -> dict[str, Any]:
         "num_attention_heads": mixer.heads,
         "num_key_value_heads": mixer.kv_heads,
         "head_dim": mixer.head_dim,
-        "hidden_act": channel.activation,
+        "hidden_act": "silu",
         "rms_norm_eps": config.norm_eps,
         "rope_theta": rope.theta,
         "rope_scaling": scaling,
@@ -86,8 +86,8 @@ def to_hugging_face(config: DecoderConfig) -> dict[str, Any]:
     }
     if from_hugging_face(raw, where="this decoder") != config:
         raise ModelError(
-            "Only a decoder that is a Llama can be written as a new folder: equal blocks, all attention biases or none, "
-            "no windows, soft-caps or further norms. Load a folder of the family it is meant to be, and save that."
+            "Only a Llama can be written as a new folder: equal blocks, all attention biases or none, no windows, "
+            "soft-caps or further norms. For another family, load a folder of it, set its weights and save that."
         )
     return raw
 
@@ -149,13 +149,12 @@ def gemma3_text(raw: Raw) -> DecoderConfig:
 def phi3(raw: Raw) -> DecoderConfig:
     """Phi-3 and Phi-4: fused matrices on disk, longrope, and in Phi-4-mini heads that turn in part."""
     _only(raw, hidden_act="silu", attention_bias=False, mlp_bias=False)
-    given = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    given = _scaling(raw)
     fraction = given.pop("partial_rotary_factor", None) or raw.get("partial_rotary_factor") or 1.0
     kind = given.get("rope_type") or given.get("type")
     if kind in ("su", "yarn"):  # as longrope was once called
         given["rope_type"] = "longrope"
-    plain = _attention(raw | {"partial_rotary_factor": None, "rope_parameters": given or None, "rope_scaling": None})
-    mixer = replace(plain, rotary_dim=0 if fraction == 1.0 else int(plain.head_dim * fraction))
+    mixer = _attention(raw | {"partial_rotary_factor": None, "rope_parameters": given}, float(fraction))
     window = raw.get("sliding_window")
     windows = _windows(raw, [window is not None] * raw["num_hidden_layers"], window)
     return _decoder(raw, [replace(mixer, window=window) for window in windows])
@@ -195,10 +194,13 @@ def smollm3(raw: Raw) -> DecoderConfig:
 
 
 def gemma3(raw: Raw) -> DecoderConfig:
-    """Not a decoder of text alone."""
+    """Gemma 3 with its image encoder: not a decoder of text alone.  (transformers' own Gemma3ForCausalLM reads such a
+    folder without an error and draws every weight anew.)"""
     raise ConfigError(
-        "this is Gemma 3 with its image encoder, which Rung does not compute. Needed: its text model alone, model_type "
-        "'gemma3_text'."
+        "this Gemma 3 has an image encoder, which Rung does not compute; needed its text model alone. With "
+        "transformers: whole = Gemma3ForConditionalGeneration.from_pretrained(FOLDER); "
+        "text = Gemma3ForCausalLM(whole.config.text_config); text.model = whole.model.language_model; "
+        "text.tie_weights(); text.save_pretrained(NEW)."
     )
 
 
@@ -216,15 +218,17 @@ FAMILIES: Mapping[str, Callable[[Raw], DecoderConfig]] = {
 }
 
 
-def _attention(raw: Raw) -> AttentionSpec:
-    """What all families have: heads, their size, RoPE."""
+def _attention(raw: Raw, turned: float = 1.0) -> AttentionSpec:
+    """What all families have: heads, their size, RoPE of that part of a head."""
     _only(raw, partial_rotary_factor=1.0)
     heads = raw["num_attention_heads"]
+    head_dim = raw.get("head_dim") or raw["hidden_size"] // heads
     return AttentionSpec(
         heads=heads,
         kv_heads=raw["num_key_value_heads"] or heads,
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-        rope=_rope(raw, raw.get("rope_parameters") or raw.get("rope_scaling") or {}),
+        head_dim=head_dim,
+        rotary_dim=0 if turned == 1.0 else int(head_dim * turned),
+        rope=_rope(raw, _scaling(raw)),
     )
 
 
@@ -281,6 +285,14 @@ def _windows(raw: Raw, sliding: Sequence[bool], window: int | None) -> list[int]
     if SLIDING in types and not window:
         raise ConfigError(f"there are layers with {SLIDING!r}, and sliding_window is {window!r} or switched off.")
     return [(window or 0) if kind == SLIDING else 0 for kind in types[: raw["num_hidden_layers"]]]
+
+
+def _scaling(raw: Raw) -> Raw:
+    """What a config.json says of RoPE, in the form of transformers 5 or of 4; a copy."""
+    given = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"rope_parameters must be an object; got {given!r}")
+    return dict(given)
 
 
 def _rope(raw: Raw, given: Raw) -> RopeSpec:

@@ -14,7 +14,7 @@ import torch
 from rung.core.shapes import Tensor
 from rung.lm.config import BlockSpec, DecoderConfig
 
-HUGGING_FACE: Mapping[str, str] = {  # Llama and most others
+HUGGING_FACE: dict[str, str] = {  # Llama and most others
     "embedding": "model.embed_tokens",
     "norm": "model.norm",
     "unembedding": "lm_head",
