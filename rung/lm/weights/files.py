@@ -7,6 +7,7 @@ A folder may come from anybody.  So every file of it is found by `member`, which
 strictly and up to a size; and a header must account for every byte of its file before any tensor is allocated.
 """
 
+import hashlib
 import json
 import math
 import shlex
@@ -195,6 +196,12 @@ def strict_json(content: bytes, where: str) -> dict[str, Any]:
 def read_files(folder: Path, names: Sequence[str]) -> dict[str, bytes]:
     """The small files of a folder that exist, by name."""
     return {name: member(folder, name).read_bytes() for name in names if (folder / name).is_file()}
+
+
+def sha256(path: Path) -> str:
+    """The hash of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_header(path: Path) -> Shard:
