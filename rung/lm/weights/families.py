@@ -34,6 +34,11 @@ LEFT_OUT: Mapping[str, Raw] = {  # of a family, where it differs from the common
     "smollm3": SMOL | {"max_position_embeddings": 32_768, "tie_word_embeddings": True},
 }
 MOST_LAYERS = 1024  # several times the deepest published decoder; a broken file must not fill the memory
+MOST = 1 << 30  # of every other size, several times the largest
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("max_position_embeddings", "sliding_window"),
+)
 FIELDS: Mapping[str, tuple[str, ...]] = {  # of a RoPE scaling, with the same name here and there
     "linear": ("factor",),
     "dynamic": ("factor",),
@@ -47,10 +52,12 @@ def from_hugging_face(raw: Mapping[str, Any], *, where: str) -> DecoderConfig:
     """The decoder that a config.json describes; `where` names the file in errors."""
     kind = str(raw.get("model_type"))
     if kind not in FAMILIES:
-        raise ModelError(f"{where}: Rung has no model family {kind!r}. {nearest(kind, FAMILIES)}")
+        code = " Its folder asks for code of its own (auto_map), which Rung never runs." if raw.get("auto_map") else ""
+        raise ModelError(f"{where}: Rung has no model family {kind!r}. {nearest(kind, FAMILIES)}{code}")
     if raw.get("quantization_config"):
         raise ModelError(f"{where}: the weights are quantised; needed plain safetensors in fp32, fp16 or bf16.")
     try:
+        _sizes(raw)
         return FAMILIES[kind](COMMON | LEFT_OUT.get(kind, {}) | dict(raw))
     except KeyError as error:
         raise ModelError(f"{where} lacks the field {error}.") from error
@@ -315,6 +322,14 @@ def _rope(raw: Raw, given: Raw) -> RopeSpec:
     kept = {name: float(v) if type(v) is int else v for name, v in kept.items()}
     kept.setdefault("factor", longest / original)
     return RopeSpec(theta=theta, scaling=cast(Any, kind), original_positions=original, **kept)
+
+
+def _sizes(raw: Mapping[str, Any]) -> None:
+    """Refuse what is no size of a model before anything is made as large or as often as it says."""
+    for name in SIZES:
+        value = raw.get(name)
+        if value is not None and (type(value) is not int or not 0 < value <= MOST):
+            raise ConfigError(f"{name} is {value!r}; needed a whole number from 1 to {MOST}.")
 
 
 def _only(raw: Raw, **values: Any) -> None:
