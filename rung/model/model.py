@@ -74,7 +74,7 @@ def load(
     device: torch.device | str = "cpu",
     listener: Listener = silent,
 ) -> Model:
-    """A model by packaged name (`rung models` lists them), Hugging Face folder or .gguf file.
+    """A model by packaged name (`rung models` lists them), folder, .gguf file, or id of the Hub (`org/name@revision`).
 
     dtype: auto is bf16 where the machine multiplies it fast, else fp32.  Raises ModelError with what to do.
     """

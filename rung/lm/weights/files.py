@@ -49,6 +49,7 @@ BYTES: Mapping[str, int] = {  # of one number; what DTYPES lacks is measured all
 }  # fmt: skip
 ALIGNMENT = 8  # of the first tensor's byte, as the reference writer has it
 MAX_JSON = 32 << 20  # bytes of a header or JSON file: twice the index of a model of 140 000 tensors
+MAX_COMPANION = 256 << 20  # bytes of a small file; the largest tokenizer.json that is known has 33 million
 MAX_DIMS, MAX_DIM = 8, 1 << 40  # no tensor of a model comes near either
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")  # pickles: reading one runs whatever code its author put there
 CONVERSION = (
@@ -195,7 +196,13 @@ def strict_json(content: bytes, where: str) -> dict[str, Any]:
 
 def read_files(folder: Path, names: Sequence[str]) -> dict[str, bytes]:
     """The small files of a folder that exist, by name."""
-    return {name: member(folder, name).read_bytes() for name in names if (folder / name).is_file()}
+    found = {}
+    for name in names:
+        if (folder / name).is_file():
+            if (size := member(folder, name).stat().st_size) > MAX_COMPANION:
+                raise ModelError(f"{folder / name} has {size} bytes; at most {MAX_COMPANION} are read.")
+            found[name] = (folder / name).read_bytes()
+    return found
 
 
 def sha256(path: Path) -> str:
