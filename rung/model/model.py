@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -13,7 +14,11 @@ from rung.core.records import Layout
 from rung.core.shapes import Float, Int, Tensor
 from rung.core.words import Message
 from rung.lm.decoder import Decoder
-from rung.lm.weights.hf import Folder, load_folder, new_folder, save_folder
+from rung.lm.foreign import foreign_outline, load_foreign
+from rung.lm.protocols import ModelDecoder
+from rung.lm.weights.families import FAMILIES, from_hugging_face
+from rung.lm.weights.files import COMPANIONS, read_files, read_json
+from rung.lm.weights.hf import Export, Folder, load_folder, new_folder, save_folder, their_tensors
 from rung.lm.weights.sources import locate
 from rung.text.chat import prompt_ids
 from rung.text.pretrained import Tokenizer
@@ -24,11 +29,13 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Model:
-    """decoder: the weights in their compute dtype; folder: what else its folder held; name: where it came from."""
+    """decoder: the weights in their compute dtype; folder: what else its folder held; name: where it came from;
+    export: from the decoder's parameters to the tensors of the folder's files."""
 
-    decoder: Decoder
+    decoder: ModelDecoder
     folder: Folder
     name: str
+    export: Export
     text: Tokenizer | None = None
 
     @property
@@ -63,7 +70,7 @@ class Model:
         `weights`: our parameters by name to write in place of the decoder's own (the learner's fp32 masters).
         """
         values = dict(self.decoder.named_parameters()) | dict(weights or {})
-        save_folder(Path(folder), self.folder, self.decoder.config, values)
+        save_folder(Path(folder), self.folder, self.export(values))
         return Path(folder)
 
 
@@ -72,25 +79,50 @@ def load(
     *,
     dtype: DType = "auto",
     device: torch.device | str = "cpu",
+    foreign: bool = False,
     listener: Listener = silent,
 ) -> Model:
     """A model by packaged name (`rung models` lists them), Hugging Face folder or .gguf file.
 
-    dtype: auto is bf16 where the machine multiplies it fast, else fp32.  Raises ModelError with what to do.
+    dtype: auto is bf16 where the machine multiplies it fast, else fp32.  foreign: through transformers although Rung
+    has the family; other families go that way anyhow.  Raises ModelError with what to do.
     """
+    path, wanted = locate(name_or_path, listener), compute_dtype(dtype, device)
+    decoder: ModelDecoder
+    if foreign or not _is_native(path):
+        decoder, folder, export = load_foreign(path, dtype=wanted, device=device, listener=listener)
+    else:
+        native, folder = load_folder(path, dtype=wanted, device=device, listener=listener)
+        decoder, export = native.eval(), partial(their_tensors, native.config)
+    text = _text(folder.files, folder.config, path)
+    return Model(decoder=decoder, folder=folder, name=str(name_or_path), export=export, text=text)
+
+
+def outline(name_or_path: str | Path, *, foreign: bool = False, listener: Listener = silent) -> Model:
+    """The model that `load` would give, as far as its shapes and its tokenizer go; no tensor of it is read."""
     path = locate(name_or_path, listener)
-    decoder, folder = load_folder(path, dtype=compute_dtype(dtype, device), device=device, listener=listener)
-    text = None
-    if "tokenizer.json" in folder.files:
-        text = Tokenizer.from_files(folder.files, folder.config, where=str(path))
-    return Model(decoder=decoder.eval(), folder=folder, name=str(name_or_path), text=text)
+    raw = read_json(path / "config.json")
+    text = _text(read_files(path, COMPANIONS), raw, path)
+    if foreign or not _is_native(path):
+        folder = Folder(config=raw, shards=())
+        return Model(decoder=foreign_outline(path), folder=folder, name=str(name_or_path), export=dict, text=text)
+    config = from_hugging_face(raw, where=str(path / "config.json"))
+    return new_model(Decoder(config, device="meta"), name=str(name_or_path), text=text)
 
 
 def new_model(decoder: Decoder, name: str = "new", text: Tokenizer | None = None) -> Model:
     """A model around a decoder that was made here."""
-    return Model(
-        decoder=decoder, folder=new_folder(decoder.config, next(decoder.parameters()).dtype), name=name, text=text
-    )
+    folder = new_folder(decoder.config, next(decoder.parameters()).dtype)
+    export = partial(their_tensors, decoder.config)
+    return Model(decoder=decoder, folder=folder, name=name, export=export, text=text)
+
+
+def _is_native(path: Path) -> bool:
+    return read_json(path / "config.json").get("model_type") in FAMILIES
+
+
+def _text(files: Mapping[str, bytes], config: Mapping[str, Any], path: Path) -> Tokenizer | None:
+    return Tokenizer.from_files(files, config, where=str(path)) if "tokenizer.json" in files else None
 
 
 def compute_dtype(dtype: str, device: torch.device | str = "cpu") -> torch.dtype:

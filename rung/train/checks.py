@@ -2,14 +2,9 @@
 
 from rung.core.errors import TaskError
 from rung.core.progress import Listener, silent
-from rung.lm.decoder import Decoder
-from rung.lm.weights.families import from_hugging_face
-from rung.lm.weights.files import COMPANIONS, read_files, read_json
-from rung.lm.weights.sources import locate
-from rung.model.model import Model, new_model
+from rung.model.model import outline
 from rung.tasks.base import Split, Task, problems
 from rung.tasks.load import RewardTask
-from rung.text.pretrained import Tokenizer
 from rung.train.config import GroupRL
 from rung.train.rollouts import prompt_of
 
@@ -18,7 +13,7 @@ LOOKED_AT = 64  # problems of a part, where the task makes them; a list is read 
 
 def check_problems(recipe: GroupRL, task: Task, listener: Listener = silent) -> None:
     """Raises TaskError for an empty part that the run will ask, and for a problem that is too long for the model."""
-    model = weightless(recipe, listener)
+    model = outline(recipe.model, foreign=recipe.foreign, listener=listener)
     parts: list[Split] = ["train", "held_out"]
     if 0 < recipe.eval_every < recipe.num_steps:
         parts.append("validation")
@@ -33,12 +28,3 @@ def check_problems(recipe: GroupRL, task: Task, listener: Listener = silent) -> 
             ) from error
         for problem in found:
             prompt_of(model, problem, recipe.max_tokens)
-
-
-def weightless(recipe: GroupRL, listener: Listener) -> Model:
-    """The recipe's model as far as its shape and its tokenizer go; no tensor of it is read."""
-    path = locate(recipe.model, listener)
-    raw = read_json(path / "config.json")
-    config = from_hugging_face(raw, where=str(path / "config.json"))
-    text = Tokenizer.from_files(read_files(path, COMPANIONS), raw, where=str(path))
-    return new_model(Decoder(config, device="meta"), name=recipe.model, text=text)

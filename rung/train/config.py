@@ -99,6 +99,7 @@ class GroupRL:
 
     name:            of the run, and of its folder under `runs/`
     model:           a name (`smollm2-135m`) or a Hugging Face folder
+    foreign:         through transformers although Rung has the model's family; other families go that way anyhow
     seed:            of all draws; also names the training problems
     num_steps:       rollout-and-learn steps
     prompts_per_step, samples_per_prompt: groups of a step, and their size (G)
@@ -119,6 +120,7 @@ class GroupRL:
     name: str
     task: TaskSpec
     model: str = "smollm2-135m"
+    foreign: bool = False
     seed: int = 0
     num_steps: int = 100
     prompts_per_step: int = 16

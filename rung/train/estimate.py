@@ -18,13 +18,12 @@ from rung.core.errors import ConfigError
 from rung.core.progress import Listener, silent
 from rung.core.words import Problem
 from rung.engine.scheduler import prompt_slots
-from rung.lm.config import DecoderConfig
-from rung.lm.decoder import Decoder
-from rung.model.model import Model, compute_dtype, load
+from rung.lm.protocols import Footprint
+from rung.model.model import Model, compute_dtype, outline
 from rung.objectives.logprobs import CHUNK_ROWS
 from rung.tasks.base import draw
 from rung.tasks.load import load_task
-from rung.train.checks import check_problems, weightless
+from rung.train.checks import check_problems
 from rung.train.config import GroupRL
 from rung.train.methods import needs_reference
 from rung.train.session import check_recipe, use_threads
@@ -52,14 +51,14 @@ def estimate(recipe: GroupRL) -> Estimate:
     """Memory and time that a recipe needs here.  Raises as `rung.train` does for a recipe that cannot run."""
     check_recipe(recipe)
     use_threads(recipe.threads)
-    model = load(recipe.model, dtype=recipe.dtype)
-    config = model.decoder.config
+    model = outline(recipe.model, foreign=recipe.foreign)
+    footprint = model.decoder.footprint()
     check_problems(recipe, load_task(recipe.task.name, recipe.task.options))
     lengths = prompt_lengths(model, _problems(recipe))
-    parts = memory(recipe, config, max(lengths))
+    parts = memory(recipe, footprint, max(lengths))
     total = sum(parts.values())
     rate = multiply_rate(compute_dtype(recipe.dtype))
-    seconds = duration(recipe, num_parameters(config), rate, sum(lengths) / len(lengths))
+    seconds = duration(recipe, footprint.parameters, rate, sum(lengths) / len(lengths))
     lines = [f"{name:<24}{size / 1e9:8.2f} GB" for name, size in parts.items()]
     lines += [f"{'in all':<24}{total / 1e9:8.2f} GB, of {available_memory() / 1e9:.1f} GB free"]
     lines += [f"{'time':<24}{seconds / 60:8.1f} min for {recipe.num_steps} steps, if every sample is as long as may be"]
@@ -69,8 +68,8 @@ def estimate(recipe: GroupRL) -> Estimate:
 def refuse_too_large(recipe: GroupRL, listener: Listener = silent) -> None:
     """Raises ConfigError where the run cannot fit into the memory that this process may have."""
     problems = _problems(recipe)  # a task that is none is refused before a model is fetched
-    model = weightless(recipe, listener)
-    parts = memory(recipe, model.decoder.config, max(prompt_lengths(model, problems)))
+    model = outline(recipe.model, foreign=recipe.foreign, listener=listener)
+    parts = memory(recipe, model.decoder.footprint(), max(prompt_lengths(model, problems)))
     free = available_memory()
     if sum(parts.values()) > free:
         largest = max(parts, key=lambda name: parts[name])
@@ -90,9 +89,9 @@ def prompt_lengths(model: Model, problems: Sequence[Problem]) -> list[int]:
     return [len(model.prompt_ids(problem.messages)) for problem in problems]
 
 
-def memory(recipe: GroupRL, config: DecoderConfig, prompt: int) -> dict[str, float]:
+def memory(recipe: GroupRL, footprint: Footprint, prompt: int) -> dict[str, float]:
     """Bytes held at the peak of a step, by what holds them.  prompt: tokens of a long one."""
-    weights, width = num_parameters(config), compute_dtype(recipe.dtype).itemsize
+    weights, width = footprint.parameters, compute_dtype(recipe.dtype).itemsize
     parts = {
         "libraries": LIBRARY,
         "fp32 weights": 4.0 * weights,
@@ -101,11 +100,9 @@ def memory(recipe: GroupRL, config: DecoderConfig, prompt: int) -> dict[str, flo
         "AdamW moments": 8.0 * weights,
         "reference": float(width * weights) if needs_reference(recipe.method) else 0.0,
     }
-    rows = prompt + recipe.max_tokens
-    per_row = sum(2 * block.mixer.kv_heads * block.mixer.head_dim for block in config.blocks) * width
-    parts["key-value cache"] = float(_slots(recipe) * rows * per_row)
-    parts["learner's logits"] = head_bytes(config, width)
-    parts["activations"] = float(recipe.tokens_per_micro_batch * activation_bytes(config, width))
+    parts["key-value cache"] = float(_slots(recipe) * (prompt + recipe.max_tokens) * footprint.cached * width)
+    parts["learner's logits"] = head_bytes(footprint, width)
+    parts["activations"] = float(recipe.tokens_per_micro_batch * footprint.activations * width)
     return parts
 
 
@@ -115,18 +112,9 @@ def _slots(recipe: GroupRL) -> int:
     return decoding + min(prompt_slots(decoding), recipe.prompts_per_step)
 
 
-def activation_bytes(config: DecoderConfig, width: int) -> float:
-    """Bytes that one token leaves behind in a forward pass for its backward pass."""
-    total = 0.0
-    for block in config.blocks:
-        mixer = 2 * (block.mixer.heads + block.mixer.kv_heads) * block.mixer.head_dim
-        total += width * (4 * config.width + mixer + 3 * block.channel.width)
-    return total
-
-
-def head_bytes(config: DecoderConfig, width: int) -> float:
+def head_bytes(footprint: Footprint, width: int) -> float:
     """Bytes of one chunk of the learner's logits, and of the head's gradient while chunks are summed."""
-    return float(config.vocab_size * (width * CHUNK_ROWS + (width + 4) * config.width))
+    return float(footprint.vocab_size * (width * CHUNK_ROWS + (width + 4) * footprint.width))
 
 
 def duration(recipe: GroupRL, weights: int, rate: float, prompt: float) -> float:
@@ -151,11 +139,6 @@ def multiply_rate(dtype: torch.dtype) -> float:
     for _ in range(RATE_REPEATS):
         a @ b
     return 2.0 * rows * inner * columns * RATE_REPEATS / (time.perf_counter() - began)
-
-
-def num_parameters(config: DecoderConfig) -> int:
-    """Number of weights, counted on a decoder that holds none."""
-    return sum(p.numel() for p in Decoder(config, device="meta").parameters())
 
 
 def available_memory(root: Path = Path("/")) -> float:

@@ -97,7 +97,7 @@ def open_session(recipe: GroupRL, run: RunDir, since: int, phase: "PhaseLog", li
     with ExitStack() as stack:
         task = load_task(recipe.task.name, recipe.task.options)
         grader = stack.enter_context(Grader(recipe.task.name, recipe.task.options))
-        model = load(recipe.model, dtype="fp32", listener=listener)
+        model = load(recipe.model, dtype="fp32", foreign=recipe.foreign, listener=listener)
         sampling = Sampling(
             max_tokens=recipe.max_tokens, temperature=recipe.temperature, stop_ids=model.tokenizer.eos_ids
         )
@@ -105,7 +105,7 @@ def open_session(recipe: GroupRL, run: RunDir, since: int, phase: "PhaseLog", li
         updates = recipe.num_steps * recipe.updates_per_rollout
         learner = Learner(parameters, recipe.optim, num_steps=updates, dtype=compute_dtype(recipe.dtype))
         reference = frozen_copy(model.decoder) if needs_reference(recipe.method) else None
-        engine = Engine(model.decoder, slots=recipe.slots, max_positions=model.decoder.config.max_positions)
+        engine = Engine(model.decoder, slots=recipe.slots, max_positions=model.decoder.max_positions)
         journal = GradeJournal(run, since=since)
         rollouts = LocalRollouts(
             model,
@@ -203,7 +203,8 @@ def self_test(session: Session, listener: Listener) -> None:
         (completions,), _ = session.engine.run([request])
         return [(completion.token_ids, completion.logp_raw) for completion in completions]
 
-    weight = next(p for name, p in session.learner.compute.items() if name.endswith("qkv.weight"))
+    matrices = [p for p in session.learner.compute.values() if p.ndim == 2]
+    weight = matrices[len(matrices) // 2]  # in the middle of the network
     for _ in range(-(-PACK_AFTER // tokens)):  # until what the sampler keeps of the weights is in use
         logps()
     kept, before = weight.detach().clone(), logps()

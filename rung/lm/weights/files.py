@@ -36,6 +36,15 @@ DTYPES: Mapping[str, torch.dtype] = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+CARRIED: Mapping[str, torch.dtype] = {  # of tensors that are no weights: copied from a folder to the next
+    **DTYPES,
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
 CODES: Mapping[torch.dtype, str] = {dtype: code for code, dtype in DTYPES.items()}
 ALIGNMENT = 8  # of the first tensor's byte, as the reference writer has it
 
@@ -63,7 +72,7 @@ def write_shard(path: Path, shard: Shard, tensor: Callable[[Entry], Tensor]) -> 
     header: dict[str, Any] = {"__metadata__": dict(shard.metadata)} if shard.metadata else {}
     at = 0
     for entry in shard.entries:
-        size = DTYPES[entry.dtype].itemsize * torch.Size(entry.shape).numel()
+        size = CARRIED[entry.dtype].itemsize * torch.Size(entry.shape).numel()
         header[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [at, at + size]}
         at += size
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
@@ -72,7 +81,7 @@ def write_shard(path: Path, shard: Shard, tensor: Callable[[Entry], Tensor]) -> 
         file.write(len(text).to_bytes(8, "little") + text)
         for entry in shard.entries:
             value = tensor(entry)
-            assert (value.dtype, tuple(value.shape)) == (DTYPES[entry.dtype], entry.shape), entry
+            assert (value.dtype, tuple(value.shape)) == (CARRIED[entry.dtype], entry.shape), entry
             file.write(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 

@@ -8,7 +8,7 @@ import difflib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from rung.lm.config import DecoderConfig
 from rung.lm.decoder import Decoder
 from rung.lm.weights.families import from_hugging_face, to_hugging_face
 from rung.lm.weights.files import (
+    CARRIED,
     CODES,
     COMPANIONS,
     DTYPES,
@@ -36,8 +37,9 @@ from rung.lm.weights.files import (
     tensors,
     write_shard,
 )
-from rung.lm.weights.names import HUGGING_FACE, Part, Rule, rules, split
+from rung.lm.weights.names import HUGGING_FACE, Rule, rules, split
 
+Export = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]  # our parameters by name -> tensors of files by name
 DERIVED = ".rotary_emb.inv_freq"  # a table that old Llama files carry; it follows from the config, and is not kept
 
 
@@ -88,8 +90,18 @@ def new_folder(config: DecoderConfig, dtype: torch.dtype) -> Folder:
     return Folder(config=raw, shards=(Shard(file=SINGLE, entries=entries),))
 
 
-def save_folder(path: Path, folder: Folder, config: DecoderConfig, weights: Mapping[str, Tensor]) -> None:
-    """Write a model folder: `weights` are our parameters by name, in any float dtype (fp32 masters, say).
+def their_tensors(config: DecoderConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a folder by name, from our parameters by name: an `Export`, once the config is given."""
+    found: dict[str, Tensor] = {}
+    for rule in rules(config, HUGGING_FACE):
+        found |= split(rule, weights[rule.ours].detach())
+    if config.tied:  # some folders write the head all the same
+        found["lm_head.weight"] = weights["embedding.weight"].detach()
+    return found
+
+
+def save_folder(path: Path, folder: Folder, theirs: Mapping[str, Tensor]) -> None:
+    """Write a model folder: `theirs` are its tensors by name, in any float dtype (fp32 masters, say).
 
     Each tensor is written in the dtype it had when the folder was read; one that has not changed since then is copied
     from there, so that weights held in fewer bits lose none.  The folder appears whole, on the disk, or not at all.
@@ -103,7 +115,7 @@ def save_folder(path: Path, folder: Folder, config: DecoderConfig, weights: Mapp
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        _write(aside, folder, config, weights)
+        _write(aside, folder, theirs)
         for file in aside.iterdir():
             with file.open("rb") as written:
                 os.fsync(written.fileno())
@@ -121,23 +133,17 @@ def save_folder(path: Path, folder: Folder, config: DecoderConfig, weights: Mapp
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _write(aside: Path, folder: Folder, config: DecoderConfig, weights: Mapping[str, Tensor]) -> None:
+def _write(aside: Path, folder: Folder, theirs: Mapping[str, Tensor]) -> None:
     """Every file of a model folder."""
-    source = {part.name: (rule, weights[rule.ours]) for rule in rules(config, HUGGING_FACE) for part in rule.parts}
-    if config.tied:  # some folders write the head all the same
-        embedding = weights["embedding.weight"]
-        rule = Rule("embedding.weight", (Part("lm_head.weight", tuple(embedding.shape)),))
-        source["lm_head.weight"] = (rule, embedding)
 
     def tensor(entry: Entry) -> Tensor:
-        rule, ours = source[entry.name]
-        held = split(rule, ours.detach())[entry.name]
+        held, dtype = theirs[entry.name], CARRIED[entry.dtype]
         file = None if folder.path is None else folder.path / file_of[entry.name]
-        if held.dtype != DTYPES[entry.dtype] and file is not None and file.is_file():
+        if held.dtype != dtype and file is not None and file.is_file():
             ((_, read),) = tensors(file, [entry.name])
             if read.shape == held.shape and torch.equal(read.to(held.dtype), held.cpu()):
                 return read
-        return held.to(DTYPES[entry.dtype])
+        return held.to(dtype)
 
     file_of = {entry.name: shard.file for shard in folder.shards for entry in shard.entries}
     for shard in folder.shards:
