@@ -56,8 +56,10 @@ def load_foreign(
             state_dict=values,
             dtype=dtype,
             attn_implementation="sdpa" if kind.model._supports_sdpa else "eager",
+            ignore_mismatched_sizes=True,  # they are told of, and refused here
             output_loading_info=True,
         )
+    told["unexpected_keys"] = [name for name in told["unexpected_keys"] if not _is_table(values[name])]
     for what, names in told.items():
         if names:
             named = ", ".join(sorted(map(str, names))[:3])
@@ -122,9 +124,8 @@ def _import(kind: str, path: Path) -> None:
     try:
         import transformers  # noqa: F401
     except ImportError as error:
-        asked = (
-            "it was to be loaded as foreign" if kind in FAMILIES else f"Rung has no model family {kind!r} of its own"
-        )
+        lacks = f"Rung has no model family {kind!r}. {nearest(kind, FAMILIES)}"
+        asked = "it was to be loaded as foreign." if kind in FAMILIES else lacks
         raise ModelError(
             f"{path}: {asked} Two ways out: `pip install 'rung[transformers]'`, through which every causal language "
             "model of transformers runs, though slower; or a model of a family that Rung has."
@@ -250,6 +251,11 @@ def _apart(found_ND: Tensor, wanted_ND: Tensor) -> float:
     found_ND, wanted_ND = found_ND.float(), wanted_ND.float()
     distance = float(((found_ND - wanted_ND).norm(dim=-1) / wanted_ND.norm(dim=-1)).median())
     return distance if distance == distance else float("inf")
+
+
+def _is_table(value: Tensor) -> bool:
+    """No weights, if transformers does not ask for it: a mask, a constant, frequencies."""
+    return value.ndim < 2 or not value.is_floating_point()
 
 
 def _export(model: Any, folder: Folder, path: Path) -> Export:

@@ -10,7 +10,6 @@ sequence is computed again from its beginning, which is right for any model.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch.nn import functional as F
 from rung.core.records import FILLER, ROOT, Layout
 from rung.core.shapes import Float, Int, Tensor
 from rung.lm.protocols import Footprint
-from rung.lm.state import KVState
+from rung.lm.state import KVState, Placement
 
 ENDLESS = 1 << 30  # positions of a model whose config names no limit (recurrent ones)
 LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "context_length")  # names of a limit
@@ -97,14 +96,16 @@ class ForeignDecoder(nn.Module):
 
         With a state nothing is differentiated, and the new rows stay pending until `state.commit`."""
         unfolded, real_T = Unfolded.of(layout), layout.slot_T != FILLER
+        new = None if state is None else state.place(layout)
         start_R = torch.zeros(len(unfolded.slots)).long() if state is None else state.length_S[unfolded.slots]
-        place_T = start_R[unfolded.row_T] + unfolded.column_T
-        assert bool((place_T == layout.position_T)[real_T].all()), "positions count a sequence's tokens from 0"
-        with nullcontext() if state is None else torch.no_grad():
-            if state is None or self.rows.cache is None:
-                hidden_TD = self._recomputed(tokens_T, layout, unfolded, state)
-            else:
-                hidden_TD = self._continued(tokens_T, layout, unfolded, state)
+        counted_T = start_R[unfolded.row_T] + unfolded.column_T
+        assert bool((counted_T == layout.position_T)[real_T].all()), "positions count a sequence's tokens from 0"
+        if new is None:
+            hidden_TD = self._recomputed(tokens_T, unfolded, None)
+        else:
+            with torch.no_grad():
+                through = self._recomputed if self.rows.cache is None else self._continued
+                hidden_TD = through(tokens_T, unfolded, new)
         return torch.where(real_T.to(hidden_TD.device)[:, None], hidden_TD, 0.0)
 
     def head(self, hidden_ND: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
@@ -147,12 +148,12 @@ class ForeignDecoder(nn.Module):
             width=head.shape[1],
         )
 
-    def _recomputed(self, tokens_T: Tensor, layout: Layout, unfolded: Unfolded, state: KVState | None) -> Tensor:
+    def _recomputed(self, tokens_T: Tensor, unfolded: Unfolded, new: Placement | None) -> Tensor:
         """Every sequence from its beginning: the tokens committed in its slot, and the new ones."""
         before: list[list[int]] = [[] for _ in unfolded.paths]
-        if state is not None:
-            new = state.place(layout)
-            new.write(state.rows[0], tokens_T[:, None, None, None].expand(-1, 2, 1, 1))
+        if new is not None:
+            state = new.state
+            state.rows[0][:, new.slot_N, 0, new.row_N, 0] = tokens_T[new.index_N]
             before = [state.rows[0][0, s, 0, : state.length_S[s], 0].tolist() for s in unfolded.slots]
         tokens = tokens_T.tolist()
         sequences = [[*b, *(tokens[i] for i in path)] for b, path in zip(before, unfolded.paths, strict=True)]
@@ -170,20 +171,21 @@ class ForeignDecoder(nn.Module):
             found |= {i: hidden_RND[row, : len(sequences[i])] for row, i in enumerate(batch)}
         return torch.cat([found[i] for i in range(len(sequences))])
 
-    def _continued(self, tokens_T: Tensor, layout: Layout, unfolded: Unfolded, state: KVState) -> Tensor:
+    def _continued(self, tokens_T: Tensor, unfolded: Unfolded, new: Placement) -> Tensor:
         """New tokens alone, behind the keys and values of their slots: each row's own, a gap, the new ones."""
-        new, slot_R = state.place(layout), torch.tensor(unfolded.slots)
-        state.scrub(int(slot_R.max()) + 1)
+        state, slot_R = new.state, torch.tensor(unfolded.slots)
         length_R1, count_R1 = state.length_S[slot_R, None], torch.tensor([[len(path)] for path in unfolded.paths])
         gap_ends, longest = int(length_R1.max()), int(count_R1.max())
         assert self.rows.cache is not None, "a state of keys and values comes with a cache"
         cache, device = self.rows.cache(), tokens_T.device
+        dead_RC = torch.arange(gap_ends) >= length_R1  # may hold anything, and zero times NaN is NaN
         for layer, rows in enumerate(state.rows if gap_ends else ()):
-            past_2RKCd = rows[:, slot_R.to(device), :, :gap_ends]
+            past_2RKCd = rows[:, slot_R.to(device), :, :gap_ends]  # a copy
+            past_2RKCd.masked_fill_(dead_RC[None, :, None, :, None].to(device), 0.0)
             cache.update(past_2RKCd[0], past_2RKCd[1], layer)
         path_RN = torch.tensor([[*path, *[path[-1]] * (longest - len(path))] for path in unfolded.paths])
         column_N = torch.arange(longest)
-        seen_RC = torch.cat((torch.arange(gap_ends) < length_R1, column_N < count_R1), 1)
+        seen_RC = torch.cat((~dead_RC, column_N < count_R1), 1)
         hidden_RND = self.body(
             tokens_T[path_RN.to(device)],
             attention_mask=seen_RC.long().to(device),
