@@ -222,11 +222,11 @@ def _kept(model: Any, ids: Sequence[int]) -> Rows:
     model.base_model(input_ids=torch.tensor([ids], device=model.device), past_key_values=cache, use_cache=True)
     if any(layer.keys is None for layer in cache.layers) or not cache.layers:
         raise ModelError("it does not fill its cache")
-    shapes = {(x.shape[1], x.shape[3], x.dtype) for layer in cache.layers for x in (layer.keys, layer.values)}
+    shapes = {(x.shape[1], x.shape[3]) for layer in cache.layers for x in (layer.keys, layer.values)}
     if len(shapes) > 1:
         raise ModelError("its keys and values are of unequal shapes")
-    kv_heads, head_dim, dtype = shapes.pop()
-    return Rows(layers=len(cache.layers), kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, cache=DynamicCache)
+    kv_heads, head_dim = shapes.pop()
+    return Rows(layers=len(cache.layers), kv_heads=kv_heads, head_dim=head_dim, cache=DynamicCache)
 
 
 def _stepwise(decoder: ForeignDecoder, sequences: Sequence[Sequence[int]]) -> list[Tensor]:

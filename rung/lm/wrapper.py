@@ -64,13 +64,12 @@ class Unfolded:
 class Rows:
     """What a state keeps of one token: keys and values of every layer, or the token itself (the default).
 
-    cache: makes an empty cache of the model's own kind, which keeps what it is given
+    cache: makes an empty cache of the model's own kind, which keeps what it is given; None: tokens are kept
     """
 
     layers: int = 1
     kv_heads: int = 1
     head_dim: int = 1
-    dtype: torch.dtype = torch.int64
     cache: Callable[[], Any] | None = None
 
 
@@ -126,7 +125,7 @@ class ForeignDecoder(nn.Module):
             kv_heads=kept.kv_heads,
             capacity=capacity,
             head_dim=kept.head_dim,
-            dtype=kept.dtype,
+            dtype=torch.int64 if kept.cache is None else self.model.dtype,
             device=self.model.device,
         )
 
@@ -197,7 +196,7 @@ class ForeignDecoder(nn.Module):
         row_T, column_T = unfolded.row_T.to(device), unfolded.column_T.to(device)
         for rows, kept in zip(state.rows, cache.layers, strict=True):
             keys_TKd, values_TKd = (x[row_T, :, gap_ends + column_T] for x in (kept.keys, kept.values))
-            new.write(rows, torch.stack((keys_TKd, values_TKd), 1))
+            new.write(rows, torch.stack((keys_TKd, values_TKd), 1).to(rows.dtype))
         return hidden_RND[row_T, column_T]
 
     def body(self, ids_RN: Tensor, *, use_cache: bool = False, **more: Any) -> Tensor:

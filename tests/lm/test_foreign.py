@@ -1,4 +1,4 @@
-"""A model of `transformers` as a decoder: its own numbers, on every layout and state; what is no such model, refused."""
+"""A model of `transformers` as a decoder: its numbers on every layout and state; what is no such model is refused."""
 
 import json
 import sys
@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from byte_tokenizer import BYTES
-from forests import Alone, assert_the_law, fillers, group, tokens, tree
 from foreign_models import CACHED, KINDS, edit_config, foreign_folder, foreign_model
+from forests import Alone, assert_the_law, fillers, group, tokens, tree
 from safetensors.torch import load_file, save_file
 from test_state import History
 
