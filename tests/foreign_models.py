@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from byte_tokenizer import BYTES
-from train.tiny import TASK, TEMPLATE
+from train.tiny import TEMPLATE
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from transformers.utils import logging
 
@@ -34,6 +34,14 @@ KINDS = {
     "starcoder2": LLAMA_LIKE | {"sliding_window": 4},
     "mamba": {"hidden_size": 24, "num_hidden_layers": 2, "state_size": 4},  # recurrent
 }
+TASK = '''"""The reward is 1 without the share of letters that are not ASCII: a model that knows nothing has half."""
+
+problems = [{"prompt": f"say a {n}"} for n in range(40)]
+
+
+def reward(problem, text):
+    return 1 - sum(not letter.isascii() for letter in text) / max(len(text), 1)
+'''
 CACHED = ("llama", "gpt2", "gptj", "gpt_neox", "stablelm", "cohere", "granite", "mixtral", "falcon")
 
 
@@ -52,7 +60,7 @@ def foreign_model(kind: str, **changes) -> PreTrainedModel:
 
 
 def foreign_folder(path: Path, kind: str = "gpt2", *, model: PreTrainedModel | None = None, **changes) -> Path:
-    """The model as a folder with a tokenizer of bytes, and beside it a task that pays for half the bytes."""
+    """The model as a folder with a tokenizer of bytes, and beside it a task."""
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     (model or foreign_model(kind, **changes)).save_pretrained(path)
