@@ -28,6 +28,7 @@ KINDS = {
     "stablelm": LLAMA_LIKE | {"partial_rotary_factor": 0.67},
     "cohere": LLAMA_LIKE,  # scaled logits
     "granite": LLAMA_LIKE | {"logits_scaling": 13.0},  # divided logits
+    "nanochat": LLAMA_LIKE | {"final_logit_softcapping": 2.0},  # capped logits
     "mixtral": LLAMA_LIKE | {"num_local_experts": 3, "num_experts_per_tok": 2},  # the files' experts are fused
     "falcon": LLAMA_LIKE | {"alibi": True},  # positions by the distance of keys
     "mpt": {"d_model": 24, "n_layers": 2, "n_heads": 3, "max_seq_len": 256},  # by their place in the cache
@@ -42,7 +43,7 @@ problems = [{"prompt": f"say a {n}"} for n in range(40)]
 def reward(problem, text):
     return 1 - sum(not letter.isascii() for letter in text) / max(len(text), 1)
 '''
-CACHED = ("llama", "gpt2", "gptj", "gpt_neox", "stablelm", "cohere", "granite", "mixtral", "falcon")
+CACHED = ("llama", "gpt2", "gptj", "gpt_neox", "stablelm", "cohere", "granite", "nanochat", "mixtral", "falcon")
 
 
 def foreign_model(kind: str, **changes) -> PreTrainedModel:

@@ -8,6 +8,8 @@ from typing import Literal
 
 from rung.core.errors import ConfigError
 
+Norm = Literal["plain", "wide", "offset"]  # RMSNorm's ways with its weight; formulas in `norm.py`
+
 
 @dataclass(frozen=True, kw_only=True)
 class RopeSpec:
@@ -52,48 +54,93 @@ class RopeSpec:
 class AttentionSpec:
     """Softmax attention: multi-head (kv_heads = heads), grouped-query, or multi-query (kv_heads = 1).
 
-    bias: of the projections to q, k and v; out_bias: of the output projection.
+    rope:       None: no positions (NoPE)
+    rotary_dim: leading dimensions of a head that turn; 0 is all of them
+    bias:       of the projections to q, k and v; out_bias: of the output projection
+    qk_norm:    RMSNorm of q and k before they turn: of each head, or over the whole width of all heads
+    norm, norm_eps: how those norms compute
+    window:     a key is seen by queries fewer than this many positions behind it; 0 is all of them
+    softcap:    scores s become softcap * tanh(s / softcap); 0 leaves them
+    scale:      of the scores; None is 1 / sqrt(head_dim)
     """
 
     heads: int
     kv_heads: int
     head_dim: int
-    rope: RopeSpec = RopeSpec()
+    rope: RopeSpec | None = RopeSpec()
+    rotary_dim: int = 0
     bias: bool = False
     out_bias: bool = False
+    qk_norm: Literal["none", "head", "width"] = "none"
+    norm: Norm = "plain"
+    norm_eps: float = 1e-5
+    window: int = 0
+    softcap: float = 0.0
+    scale: float | None = None
 
     def __post_init__(self) -> None:
         if self.kv_heads < 1 or self.heads % self.kv_heads:
             raise ConfigError(f"heads must be a multiple of kv_heads; got heads={self.heads}, kv_heads={self.kv_heads}")
         if self.head_dim < 2 or self.head_dim % 2:
             raise ConfigError(f"rotary embedding needs an even head_dim; got {self.head_dim}")
+        if self.rotary_dim % 2 or not 0 <= self.rotary_dim <= self.head_dim:
+            raise ConfigError(f"rotary_dim must be even, from 0 to head_dim={self.head_dim}; got {self.rotary_dim}")
+        factors = (self.rope.short_factor, self.rope.long_factor) if self.rope else ()
+        if self.rope and self.rope.scaling == "longrope" and {len(f) for f in factors} != {self.turned // 2}:
+            found = " and ".join(str(len(f)) for f in factors)
+            raise ConfigError(f"longrope needs {self.turned // 2} factors, one per frequency, twice; got {found}")
+        if self.window < 0 or self.softcap < 0:
+            raise ConfigError(f"window and softcap must not be negative; got {self.window} and {self.softcap}")
+
+    @property
+    def turned(self) -> int:
+        """How many dimensions of a head turn."""
+        return self.rotary_dim or self.head_dim
+
+    @property
+    def score_scale(self) -> float:
+        """What the products of q and k are multiplied by."""
+        return self.head_dim**-0.5 if self.scale is None else self.scale
 
 
 @dataclass(frozen=True, kw_only=True)
 class MLPSpec:
-    """Gated feed-forward layer: down(activation(gate(x)) * up(x)); with silu it is SwiGLU.  [Shazeer 2020]"""
+    """Gated feed-forward layer: down(activation(gate(x)) * up(x)); with silu it is SwiGLU, with gelu_tanh GeGLU (the
+    tanh approximation of GELU).  [Shazeer 2020]"""
 
     width: int
     bias: bool = False
-    activation: Literal["silu"] = "silu"
+    activation: Literal["silu", "gelu_tanh"] = "silu"
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockSpec:
-    """x + mixer(norm(x)), then x + channel(norm(x))."""
+    """x + mixer(x), then x + channel(x), with norms before each of them, after each (on what is added), or both."""
 
     mixer: AttentionSpec
     channel: MLPSpec
+    norms: Literal["before", "after", "both"] = "before"
+    norm: Norm = "plain"
     norm_eps: float = 1e-5
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """A decoder.  tied: the head's matrix is the embedding.  max_positions: the longest sequence it is meant for."""
+    """A decoder.
+
+    norm, norm_eps:  of the last norm
+    tied:            the head's matrix is the embedding
+    max_positions:   the longest sequence it is meant for
+    embedding_scale: multiplies embeddings
+    logit_softcap:   logits z become logit_softcap * tanh(z / logit_softcap); 0 leaves them
+    """
 
     vocab_size: int
     width: int
     blocks: tuple[BlockSpec, ...]
+    norm: Norm = "plain"
     norm_eps: float = 1e-5
     tied: bool = True
     max_positions: int
+    embedding_scale: float = 1.0
+    logit_softcap: float = 0.0

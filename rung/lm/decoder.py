@@ -16,6 +16,7 @@ from rung.lm.linear import KeptBlocks, Linear
 from rung.lm.norm import RMSNorm
 from rung.lm.protocols import Footprint
 from rung.lm.state import KVState
+from rung.objectives.logprobs import softcapped
 
 INIT_STD = 0.02  # of weights and embeddings  [GPT-2; Llama's initializer_range]
 
@@ -33,18 +34,22 @@ class Decoder(nn.Module):
         blocks = [Block(spec, config.width, dtype, place) for spec in config.blocks]
         self.blocks = nn.ModuleList(blocks)
         self.branches = all(block.mixer.branches for block in blocks)  # may a layout hold trees, or chains only?
-        self.norm = RMSNorm(config.width, config.norm_eps, dtype, place)
+        self.norm = RMSNorm(config.width, config.norm_eps, dtype, place, config.norm)
         self.unembedding = None if config.tied else Linear(config.width, config.vocab_size, False, dtype, place)
         self.kept_head = KeptBlocks()
+        self.logit_softcap = config.logit_softcap
 
     @torch.no_grad()
     def init_(self, generator: torch.Generator) -> "Decoder":
-        """Draw matrices from N(0, 0.02^2), set norms to one and biases to zero; returns self."""
-        for name, parameter in self.named_parameters():
+        """Draw matrices from N(0, 0.02^2), make norms neutral and biases zero; returns self."""
+        for parameter in self.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0.0, INIT_STD, generator=generator)
             else:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+                parameter.zero_()
+        for module in self.modules():
+            if isinstance(module, RMSNorm):
+                module.weight.fill_(module.neutral)
         return self
 
     def forward(self, tokens_T: Int[Tensor, "T"], layout: Layout, state: KVState | None = None) -> Float[Tensor, "T D"]:
@@ -64,13 +69,18 @@ class Decoder(nn.Module):
         mixers = {block.mixer.spec: block.mixer for block in blocks}
         plans = {spec: mixer.plan(layout, new) for spec, mixer in mixers.items()}
         x_TD = self.embedding(tokens_T)
+        if self.config.embedding_scale != 1.0:
+            x_TD = x_TD * torch.tensor(self.config.embedding_scale, dtype=torch.float32).to(
+                x_TD
+            )  # rounded as Gemma does
         for layer, block in enumerate(blocks):
             x_TD = block(x_TD, plans[block.mixer.spec], None if state is None else state.rows[layer])
         return self.norm(x_TD)
 
     def head(self, hidden_ND: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
         """Logits in the compute dtype."""
-        return self.kept_head.linear(hidden_ND, self.head_weight())
+        logits_NV = self.kept_head.linear(hidden_ND, self.head_weight())
+        return softcapped(logits_NV, self.logit_softcap) if self.logit_softcap else logits_NV
 
     def head_weight(self) -> Float[Tensor, "V D"]:
         """The head's matrix: the embedding itself where the two are tied."""
@@ -99,8 +109,10 @@ class Decoder(nn.Module):
         cached = activations = 0
         for block in self.config.blocks:
             mixer = block.mixer
+            qk = (mixer.heads + mixer.kv_heads) * mixer.head_dim
+            norms = 6 if block.norms == "both" else 4  # of the width: what norms and the matrices behind them keep
             cached += 2 * mixer.kv_heads * mixer.head_dim
-            activations += 4 * self.config.width + 2 * (mixer.heads + mixer.kv_heads) * mixer.head_dim
+            activations += norms * self.config.width + (2 if mixer.qk_norm == "none" else 3) * qk
             activations += 3 * block.channel.width
         return Footprint(
             parameters=sum(parameter.numel() for parameter in self.parameters()),

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ from rung.lm.weights.hf import Export, Folder
 from rung.lm.wrapper import ForeignDecoder, Rows
 
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")  # names of a constant before or after the head
+CAPS = ("final_logit_softcapping", "logits_soft_cap")  # names of a soft cap
 SWITCHES = ("auto_map", "fusion_config", "transformers_weights", "quantization_config", "custom_generate")  # not for us
 # relative distance that rounding explains
 NOISE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.05}
-LOUD = 100.0  # standard deviation of the logits that the head is tried with: a soft cap shows there
+LOUD = 30.0  # standard deviation of the logits that the head is tried with: a soft cap shows there
 
 
 def load_foreign(
@@ -168,7 +170,7 @@ def _tried(model: Any, path: Path, listener: Listener) -> ForeignDecoder:
     noise = NOISE[model.dtype]
     versions = [parameter._version for parameter in model.parameters()]
     with _quiet(), _their_errors(path):
-        decoder = ForeignDecoder(model, _scale(model, noise))
+        decoder = _with_head(model, noise)
         ids = [(11 + 37 * i) % decoder.head_weight().shape[0] for i in range(10)]
         sequences = [ids[:8], ids[:2] + ids[6:]]  # the second one is padded behind, and beside the first
         alone = [decoder.body(torch.tensor([sequence], device=model.device))[0] for sequence in sequences]
@@ -180,7 +182,8 @@ def _tried(model: Any, path: Path, listener: Listener) -> ForeignDecoder:
     slow = ""
     try:
         with _quiet():
-            quick = ForeignDecoder(model, decoder.scale, _kept(model, ids))
+            rows = _kept(model, ids)
+            quick = ForeignDecoder(model, scale=decoder.scale, logit_softcap=decoder.logit_softcap, rows=rows)
             if not all(_apart(b, a) < noise for a, b in zip(alone, _stepwise(quick, sequences), strict=True)):
                 raise ModelError("in a batch of unequal lengths its cache changes the result")
         decoder = quick
@@ -190,24 +193,27 @@ def _tried(model: Any, path: Path, listener: Listener) -> ForeignDecoder:
     return decoder.eval()
 
 
-def _scale(model: Any, noise: float) -> float:
-    """The constant c of logits = c (hidden @ W.T) + b, found among those that the config names, on loud logits."""
+def _with_head(model: Any, noise: float) -> ForeignDecoder:
+    """The decoder whose logits are the model's: scale and cap are found among the constants that the config names, by
+    logits large enough to show them."""
     config, head = model.config.get_text_config(decoder=True), model.get_output_embeddings()
     if model.base_model is model or not isinstance(head, nn.Linear):
         raise ModelError(f"its head is a {type(head).__name__}; needed one matrix behind a body of its own")
-    named = [float(getattr(config, name, None) or 1.0) for name in SCALES]
     ids_1N = torch.arange(8, device=model.device)[None] % head.weight.shape[0]
     louder = LOUD / float(F.linear(ForeignDecoder(model).body(ids_1N)[..., : head.weight.shape[1]], head.weight).std())
     hook = head.register_forward_pre_hook(lambda _, args: (args[0] * louder,))
     logits_NV = model(input_ids=ids_1N, use_cache=False).logits[0]
     hook.remove()
+    named = [float(getattr(config, name, None) or 1.0) for name in SCALES]
+    caps = {0.0, *(float(getattr(config, name, None) or 0.0) for name in CAPS)}
     tries = {}
-    for scale in {1.0, *named, *(1 / value for value in named)}:
-        decoder = ForeignDecoder(model, scale * louder)
-        tries[_apart(decoder.head(decoder.body(ids_1N)[0]), logits_NV)] = scale
+    for scale, cap in product({1.0, *named, *(1 / value for value in named)}, caps):
+        loud = ForeignDecoder(model, scale=scale * louder, logit_softcap=cap)
+        tries[_apart(loud.head(loud.body(ids_1N)[0]), logits_NV)] = scale, cap
     if not min(tries) < noise:
-        raise ModelError("its logits are not a matrix times the last hidden state (a soft cap, another layer)")
-    return tries[min(tries)]
+        raise ModelError("its logits are not a matrix times the last hidden state")
+    scale, cap = tries[min(tries)]
+    return ForeignDecoder(model, scale=scale, logit_softcap=cap)
 
 
 def _kept(model: Any, ids: Sequence[int]) -> Rows:

@@ -8,27 +8,43 @@ from torch.autograd.function import once_differentiable
 
 from rung.core.shapes import Float, Tensor
 from rung.lm import fused
+from rung.lm.config import Norm
 
 
 class RMSNorm(nn.Module):
-    """y = w * cast(x / sqrt(mean(x^2) + eps)): statistics in fp32 (fp64 for fp64), w after the cast, as in Llama."""
+    """Of n = x / sqrt(mean(x^2) + eps), statistics in fp32 (fp64 for fp64):
 
-    def __init__(self, width: int, eps: float, dtype: torch.dtype, device: torch.device | None = None) -> None:
+    plain   w * cast(n)          Llama and most others
+    wide    cast(w * n)          OLMo 2
+    offset  cast((1 + w) * n)    Gemma
+    """
+
+    def __init__(
+        self, width: int, eps: float, dtype: torch.dtype, device: torch.device | None = None, kind: Norm = "plain"
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width, dtype=dtype, device=device))
-        self.eps = eps
+        self.eps, self.kind = eps, kind
+        self.neutral = 0.0 if kind == "offset" else 1.0  # the weight that changes nothing
 
     def forward(self, x_ND: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
         if torch.is_grad_enabled():
-            return _Normalise.apply(x_ND, self.weight, self.eps)
-        if fused.serves_one(x_ND):
+            return _Normalise.apply(x_ND, self.weight, self.eps, self.kind)
+        if self.kind == "plain" and fused.serves_one(x_ND):
             return fused.rms_norm(x_ND, self.weight, self.eps)
-        return _normalised(x_ND, self.weight, self.eps)
+        return _normalised(x_ND, self.weight, self.eps, self.kind)
 
 
-def _normalised(x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+def _normalised(x_ND: Tensor, weight_D: Tensor, eps: float, kind: Norm = "plain") -> Tensor:
     wide_ND = x_ND.to(torch.promote_types(x_ND.dtype, torch.float32))
-    return (wide_ND * _scale(wide_ND, eps)).to(x_ND.dtype).mul_(weight_D)
+    normed_ND = wide_ND * _scale(wide_ND, eps)
+    if kind == "plain":
+        return normed_ND.to(x_ND.dtype).mul_(weight_D)
+    return normed_ND.mul_(_factor(weight_D, kind, normed_ND.dtype)).to(x_ND.dtype)
+
+
+def _factor(weight_D: Tensor, kind: Norm, wide: torch.dtype) -> Tensor:
+    return weight_D.to(wide) + (1.0 if kind == "offset" else 0.0)
 
 
 def _scale(wide_ND: Tensor, eps: float) -> Tensor:
@@ -45,19 +61,23 @@ class _Normalise(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x_ND: Tensor, weight_D: Tensor, eps: float, kind: Norm) -> Tensor:
         ctx.save_for_backward(x_ND, weight_D)
-        ctx.eps = eps
-        return _normalised(x_ND, weight_D, eps)
+        ctx.eps, ctx.kind = eps, kind
+        return _normalised(x_ND, weight_D, eps, kind)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_ND: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, dy_ND: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x_ND, weight_D = ctx.saved_tensors
         wide_ND = x_ND.to(torch.promote_types(x_ND.dtype, torch.float32))
         scale_N1 = _scale(wide_ND, ctx.eps)
         normed_ND = wide_ND * scale_N1
-        dweight_D = (dy_ND * normed_ND.to(dy_ND.dtype)).sum(0)
-        g_ND = (dy_ND * weight_D).to(wide_ND.dtype)
+        if ctx.kind == "plain":
+            dweight_D = (dy_ND * normed_ND.to(dy_ND.dtype)).sum(0)
+            g_ND = (dy_ND * weight_D).to(wide_ND.dtype)
+        else:
+            dweight_D = (dy_ND * normed_ND).sum(0).to(weight_D.dtype)
+            g_ND = dy_ND * _factor(weight_D, ctx.kind, wide_ND.dtype)
         mean_N1 = (g_ND * normed_ND).mean(-1, keepdim=True)
-        return g_ND.addcmul(normed_ND, mean_N1, value=-1).mul_(scale_N1).to(x_ND.dtype), dweight_D, None
+        return g_ND.addcmul(normed_ND, mean_N1, value=-1).mul_(scale_N1).to(x_ND.dtype), dweight_D, None, None

@@ -54,12 +54,13 @@ class Decoder(Protocol):
     """Tokens in, hidden states out; the head is apart, because most rows never need it."""
 
     branches: bool
+    logit_softcap: float  # c: logits z become c * tanh(z / c); 0 leaves them
 
     def forward(self, tokens_T: Int[Tensor, "T"], layout: Layout, state: Any = None) -> Float[Tensor, "T D"]:
         """Hidden states after the final norm, in the compute dtype.  `state` is one of this decoder's own."""
 
     def head(self, hidden_ND: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
-        """Logits in the compute dtype; equal to hidden_ND @ head_weight().T."""
+        """Logits in the compute dtype; equal to hidden_ND @ head_weight().T, soft-capped where the decoder is."""
 
     def head_weight(self) -> Float[Tensor, "V D"]:
         """The head's matrix (the embedding itself where the two are tied)."""

@@ -14,18 +14,20 @@ from functools import lru_cache
 
 import torch
 
-from rung.core.errors import ConfigError
 from rung.core.shapes import Float, Int, Tensor
-from rung.lm.config import RopeSpec
+from rung.lm.config import AttentionSpec, RopeSpec
 
 
 def rotary_tables(
-    spec: RopeSpec, head_dim: int, position_T: Int[Tensor, "T"], like: Tensor
-) -> tuple[Float[Tensor, "T 1 d"], Float[Tensor, "T 1 d"]]:
+    spec: AttentionSpec, position_T: Int[Tensor, "T"], like: Tensor
+) -> tuple[Float[Tensor, "T 1 r"], Float[Tensor, "T 1 r"]]:
     """cos and signed sin of every position, computed in fp32, then cast to dtype and device of `like`.
 
-    The sine carries the sign of `rotate`."""
-    frequency_d, scale = frequencies(spec, head_dim)
+    The sine carries the sign of `rotate`.  Without positions (NoPE) they turn nothing: 1 and 0."""
+    if spec.rope is None:
+        zero_T1d = torch.zeros(len(position_T), 1, spec.turned).to(like)
+        return zero_T1d + 1, zero_T1d
+    frequency_d, scale = frequencies(spec.rope, spec.turned)
     angle_Td = position_T[:, None].float() * frequency_d
     cos_Td, sin_Td = angle_Td.cos() * scale, angle_Td.sin() * scale
     cos_Td, sin_Td = torch.cat((cos_Td, cos_Td), -1), torch.cat((-sin_Td, sin_Td), -1)
@@ -33,18 +35,21 @@ def rotary_tables(
 
 
 def rotate(
-    x_THd: Float[Tensor, "T H d"], cos_T1d: Float[Tensor, "T 1 d"], sin_T1d: Float[Tensor, "T 1 d"]
+    x_THd: Float[Tensor, "T H d"], cos_T1r: Float[Tensor, "T 1 r"], sin_T1r: Float[Tensor, "T 1 r"]
 ) -> Float[Tensor, "T H d"]:
-    """Turn every head: [a, b] -> [a cos - b sin, b cos + a sin] on the two halves of d."""
-    a_THd, b_THd = x_THd.chunk(2, -1)
-    return torch.addcmul(x_THd * cos_T1d, torch.cat((b_THd, a_THd), -1), sin_T1d)
+    """Turn the first r dimensions of every head: [a, b] -> [a cos - b sin, b cos + a sin] on their two halves."""
+    x_THr, rest = x_THd[..., : cos_T1r.shape[-1]], x_THd[..., cos_T1r.shape[-1] :]
+    a_THr, b_THr = x_THr.chunk(2, -1)
+    turned_THr = torch.addcmul(x_THr * cos_T1r, torch.cat((b_THr, a_THr), -1), sin_T1r)
+    return torch.cat((turned_THr, rest), -1) if rest.shape[-1] else turned_THr
 
 
-def rotate_(x_THd: Tensor, cos_T1d: Tensor, sin_T1d: Tensor) -> None:
+def rotate_(x_THd: Tensor, cos_T1r: Tensor, sin_T1r: Tensor) -> None:
     """`rotate` in place, outside autograd.  With -sin it turns back, which is also its gradient."""
-    a_THd, b_THd = x_THd.chunk(2, -1)
-    turned_THd = torch.cat((b_THd, a_THd), -1)
-    x_THd.mul_(cos_T1d).addcmul_(turned_THd, sin_T1d)
+    x_THr = x_THd[..., : cos_T1r.shape[-1]]
+    a_THr, b_THr = x_THr.chunk(2, -1)
+    turned_THr = torch.cat((b_THr, a_THr), -1)
+    x_THr.mul_(cos_T1r).addcmul_(turned_THr, sin_T1r)
 
 
 @lru_cache(maxsize=64)
@@ -103,8 +108,6 @@ def _mscale(factor: float, mscale: float) -> float:
 
 def _longrope(spec: RopeSpec, exponent_d: Tensor) -> tuple[Tensor, float]:
     chosen = spec.long_factor if spec.context > spec.original_positions else spec.short_factor
-    if len(chosen) != len(exponent_d):
-        raise ConfigError(f"longrope needs {len(exponent_d)} factors, one per frequency; got {len(chosen)}")
     scale = spec.attention_factor
     if scale is None:
         log_ratio = math.log(max(spec.factor, 1.0)) / math.log(spec.original_positions)

@@ -21,6 +21,7 @@ from rung.core.records import FILLER, ROOT, Layout
 from rung.core.shapes import Float, Int, Tensor
 from rung.lm.protocols import Footprint
 from rung.lm.state import KVState, Placement
+from rung.objectives.logprobs import softcapped
 
 ENDLESS = 1 << 30  # positions of a model whose config names no limit (recurrent ones)
 LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "context_length")  # names of a limit
@@ -80,14 +81,14 @@ class ForeignDecoder(nn.Module):
     """A causal language model of `transformers`, or what has its attributes; meets `protocols.ModelDecoder`.
 
     scale: the model multiplies its logits by it, and this decoder its hidden states.  A bias of the head becomes a
-    column of `head_weight()`, and the hidden states end in a 1.
+    column of `head_weight()`, and the hidden states end in a 1.  logit_softcap: see `protocols.Decoder`.
     """
 
     branches = False  # trees are computed, but nothing is gained by sharing: give chains
 
-    def __init__(self, model: Any, scale: float = 1.0, rows: Rows = TOKENS) -> None:
+    def __init__(self, model: Any, *, scale: float = 1.0, logit_softcap: float = 0.0, rows: Rows = TOKENS) -> None:
         super().__init__()
-        self.model, self.scale, self.rows = model, scale, rows
+        self.model, self.scale, self.logit_softcap, self.rows = model, scale, logit_softcap, rows
         self.max_positions = _max_positions(model.config.get_text_config(decoder=True))
 
     def forward(self, tokens_T: Int[Tensor, "T"], layout: Layout, state: KVState | None = None) -> Float[Tensor, "T D"]:
@@ -109,7 +110,8 @@ class ForeignDecoder(nn.Module):
 
     def head(self, hidden_ND: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
         """Logits in the compute dtype."""
-        return F.linear(hidden_ND, self.head_weight())
+        logits_NV = F.linear(hidden_ND, self.head_weight())
+        return softcapped(logits_NV, self.logit_softcap) if self.logit_softcap else logits_NV
 
     def head_weight(self) -> Float[Tensor, "V D"]:
         """The head's matrix, its bias the last column where it has one."""

@@ -93,7 +93,7 @@ def load(
         decoder, folder, export = load_foreign(path, dtype=wanted, device=device, listener=listener)
     else:
         native, folder = load_folder(path, dtype=wanted, device=device, listener=listener)
-        decoder, export = native.eval(), partial(their_tensors, native.config)
+        decoder, export = native.eval(), partial(their_tensors, native.config, folder.config)
     text = _text(folder.files, folder.config, path)
     return Model(decoder=decoder, folder=folder, name=str(name_or_path), export=export, text=text)
 
@@ -113,7 +113,7 @@ def outline(name_or_path: str | Path, *, foreign: bool = False, listener: Listen
 def new_model(decoder: Decoder, name: str = "new", text: Tokenizer | None = None) -> Model:
     """A model around a decoder that was made here."""
     folder = new_folder(decoder.config, next(decoder.parameters()).dtype)
-    export = partial(their_tensors, decoder.config)
+    export = partial(their_tensors, decoder.config, folder.config)
     return Model(decoder=decoder, folder=folder, name=name, export=export, text=text)
 
 

@@ -30,6 +30,7 @@ class LanguagePolicy:
             self.decoder.head_weight(),
             batch.tokens_T[wanted_T],
             temperature=self.temperature,
+            softcap=self.decoder.logit_softcap,
         )
         zeros_T = torch.zeros(len(wanted_T), dtype=logp_M.dtype)
         where = wanted_T.nonzero(as_tuple=True)

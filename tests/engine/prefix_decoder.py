@@ -44,6 +44,7 @@ class PrefixState:
 
 class PrefixDecoder:
     branches = True
+    logit_softcap = 0.0
 
     def __init__(self, vocabulary: int = 40, spread: float = 4.0) -> None:
         self.vocabulary, self.spread = vocabulary, spread

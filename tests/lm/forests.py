@@ -1,26 +1,49 @@
 """Random layouts, and what every token of one must equal: a plain pass over its own sequence alone."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 
 from rung.core.records import FILLER, ROOT, Layout
+from rung.lm.config import MLPSpec
 from rung.lm.decoder import Decoder
 from rung.lm.mixers import attention
 from rung.lm.mixers.plain import PlainPlan
 from rung.lm.presets import llama
 
 VOCABULARY = 41
+FEATURES: dict[str, dict[str, Any]] = {  # of attention, beyond Llama's; a window is some tokens, sequences are longer
+    "window": {"window": 4},
+    "window of one": {"window": 1},
+    "soft-cap": {"softcap": 0.8},
+    "scale": {"scale": 0.3},
+    "no positions": {"rope": None},
+    "turned in part": {"rotary_dim": 4},
+    "normed heads": {"qk_norm": "head", "norm_eps": 0.1},
+    "normed width, offset": {"qk_norm": "width", "norm": "offset"},
+    "all": {"window": 3, "softcap": 1.1, "scale": 0.7, "qk_norm": "head", "norm": "wide", "rotary_dim": 2},
+}
 
 
-def tiny_decoder(kv_heads: int = 2, dtype: torch.dtype = torch.float64) -> Decoder:
-    """Two layers, weights of order one: what a token sees changes its hidden state by far more than rounding."""
+def tiny_decoder(kv_heads: int = 2, dtype: torch.dtype = torch.float64, feature: str = "") -> Decoder:
+    """Two layers, weights of order one: what a token sees changes its hidden state by far more than rounding.
+
+    With "all" features, norms are behind mixer and channel too, and the second layer has no window."""
     heads = {1: 3, 2: 6, 3: 3}[kv_heads]
     config = llama(
         vocab_size=VOCABULARY, width=12, layers=2, heads=heads, kv_heads=kv_heads, head_dim=6, ffn_width=14,
         attention_bias=kv_heads == 2, tied=False,
     )  # fmt: skip
+    if feature:
+        mixer = replace(config.blocks[0].mixer, **FEATURES[feature])
+        config = replace(config, blocks=(replace(config.blocks[0], mixer=mixer),) * 2)
+    if feature == "all":
+        first = replace(config.blocks[0], norms="both", norm="offset", channel=MLPSpec(width=9, activation="gelu_tanh"))
+        second = replace(first, norms="after", mixer=replace(first.mixer, window=0))
+        config = replace(config, blocks=(first, second), norm="wide", embedding_scale=1.7, logit_softcap=2.0)
     decoder = Decoder(config, dtype)
     generator = torch.Generator().manual_seed(kv_heads)
     with torch.no_grad():

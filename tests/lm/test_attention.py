@@ -6,7 +6,7 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
-from forests import Alone, assert_the_law, fillers, group, plainly, tiny_decoder, tokens, tree
+from forests import FEATURES, Alone, assert_the_law, fillers, group, plainly, tiny_decoder, tokens, tree
 
 from rung.core.records import Layout
 from rung.lm.config import AttentionSpec, RopeSpec
@@ -51,6 +51,16 @@ def test_packed_groups_chains_and_trees_equal_each_sequence_alone(seed):
     assert_law(decoder, layout, tokens(rng, len(layout)))
 
 
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("feature", FEATURES)
+def test_with_every_feature_packed_layouts_equal_each_sequence_alone(feature, seed, monkeypatch):
+    monkeypatch.setattr(packed, "QUERY_BLOCK", 4)
+    rng, decoder = np.random.default_rng(seed), tiny_decoder(kv_heads=seed % 3 + 1, feature=feature)
+    layout = Layout.concat([random_packed_layout(rng), Layout.chain(13, slot=9)])
+    assert isinstance(choose_plan(layout, spec_of(decoder), None, decoder.embedding.weight), PackedPlan)
+    assert_law(decoder, layout, tokens(rng, len(layout)))
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_trees_equal_each_path_alone(seed):
     rng, decoder = np.random.default_rng(seed), tiny_decoder()
@@ -60,11 +70,13 @@ def test_trees_equal_each_path_alone(seed):
     assert_law(decoder, layout, tokens(rng, len(layout)))
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_packed_gradients_equal_those_of_the_dense_mask(seed, monkeypatch):
+@pytest.mark.parametrize(
+    ("seed", "feature"), [*((s, "") for s in range(6)), *((s, f) for s in (6, 7) for f in FEATURES)]
+)
+def test_packed_gradients_equal_those_of_the_dense_mask(seed, feature, monkeypatch):
     monkeypatch.setattr(packed, "QUERY_BLOCK", 4)  # so that runs of 5 to 13 tokens are cut too
     monkeypatch.setattr(packed, "SLACK", 8)
-    rng, decoder = np.random.default_rng(seed), tiny_decoder(kv_heads=seed % 3 + 1)
+    rng, decoder = np.random.default_rng(seed), tiny_decoder(kv_heads=seed % 3 + 1, feature=feature)
     layout = random_packed_layout(rng)
     token_T, real_T = tokens(rng, len(layout)), layout.slot_T >= 0
     weight_TD = torch.from_numpy(rng.normal(size=(len(layout), 12)))
@@ -79,9 +91,10 @@ def test_packed_gradients_equal_those_of_the_dense_mask(seed, monkeypatch):
         torch.testing.assert_close(ours, twin, rtol=1e-10, atol=1e-10)
 
 
-def test_a_shared_prompt_collects_the_gradients_of_unshared_copies():
+@pytest.mark.parametrize("feature", ["", "all"])
+def test_a_shared_prompt_collects_the_gradients_of_unshared_copies(feature):
     """The group's prompt once, or once per completion: one loss over the completions, one gradient."""
-    rng, decoder = np.random.default_rng(3), tiny_decoder()
+    rng, decoder = np.random.default_rng(3), tiny_decoder(feature=feature)
     prompt, completions = tokens(rng, 5), [tokens(rng, n) for n in (3, 7, 1)]
     lengths = [len(c) for c in completions]
     shared = decoder(torch.tensor([*prompt, *chain.from_iterable(completions)]), group(5, lengths))[5:]
@@ -131,6 +144,18 @@ def test_tiles_hold_every_query_once_with_little_padding(seed):
     padded = sum(len(tile) * max(p.count for p in tile) * max(p.keys for p in tile) for tile in found)
     assert padded <= packed.WASTE * useful + len(found) * packed.SLACK
     assert len(found) < len(cut) / 2
+
+
+@pytest.mark.parametrize("window", [1, 3, 40])
+def test_a_window_leaves_no_key_in_a_piece_that_none_of_its_queries_sees(window, monkeypatch):
+    monkeypatch.setattr(packed, "QUERY_BLOCK", 8)
+    layout = Layout.concat([group(30, [5, 20]), Layout.chain(50, slot=1)])
+    whole, cut = pieces(layout), pieces(layout, window)
+    for piece, narrow in zip(whole, cut, strict=True):
+        assert (piece.query, piece.count) == (narrow.query, narrow.count)
+        assert narrow.visible == min(piece.visible, window)  # of the first query; each further one sees one key more
+        keys, kept = ([*p.above_P.tolist(), *range(p.own, p.own + p.keys - len(p.above_P))] for p in (piece, narrow))
+        assert kept == keys[len(keys) - len(kept) :]
 
 
 def test_each_kind_of_layout_takes_its_own_plan():

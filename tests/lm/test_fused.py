@@ -3,11 +3,12 @@
 import copy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from forests import group
+from forests import FEATURES, group, tiny_decoder
 
 from rung.core.records import Layout
 from rung.lm import fused
@@ -188,6 +189,24 @@ def test_steps_of_a_decoder_with_and_without_the_kernels(monkeypatch):
     assert (ours - exact).norm() < 1.2 * (twin - exact).norm() < 0.03 * exact.norm()
 
 
+SERVED = {"": True, "no positions": True, "normed heads": True, "window of 8": True, "soft-cap": False, "scale": False}
+SERVED |= {"turned in part": False, "window": False}
+
+
+@pytest.mark.parametrize("feature", SERVED)
+def test_the_kernel_of_attention_serves_what_it_computes_and_nothing_else(feature, monkeypatch):
+    """Eight steps reach no further than a window of 8."""
+    decoder = tiny_decoder(2, torch.bfloat16, feature.removesuffix(" of 8"))
+    for block in decoder.blocks if feature == "window of 8" else ():
+        block.mixer.spec = replace(block.mixer.spec, window=8)
+    exact, calls, attend = steps(copy.deepcopy(decoder).double(), 1), [], fused.attend
+    monkeypatch.setattr(fused, "attend", lambda *a: calls.append(len(calls)) or attend(*a))
+    ours = steps(decoder, 1)
+    first = 2 * FEATURES.get(feature, {}).get("window", 0)  # before a row is out of the window it makes no difference
+    assert len(calls) == (2 * 8 if SERVED[feature] else first)
+    assert (ours - exact).norm() < 0.03 * exact.norm()
+
+
 @torch.inference_mode()
 def steps(decoder: Decoder, slots: int) -> torch.Tensor:
     """Hidden states of eight steps, in fp64."""
@@ -195,7 +214,7 @@ def steps(decoder: Decoder, slots: int) -> torch.Tensor:
     for position in range(8):
         chains = Layout.chains([1] * slots, slots=slot_S.tolist())
         layout = Layout(chains.parent_T, chains.slot_T, torch.full((slots,), position))
-        hidden.append(decoder(slot_S + 7 * position, layout, state).double())
+        hidden.append(decoder((slot_S + 7 * position) % decoder.config.vocab_size, layout, state).double())
         state.commit(slot_S, torch.zeros(slots, 1).long(), torch.ones(slots).long())
     return torch.stack(hidden)
 

@@ -8,10 +8,13 @@ import copy
 import numpy as np
 import pytest
 import torch
-from forests import Alone, assert_the_law, fillers, sequences, tiny_decoder, tokens, tree
+from family_twins import KINDS, their_config
+from forests import FEATURES, Alone, assert_the_law, fillers, sequences, tiny_decoder, tokens, tree
 
 from rung.core.errors import RequestError
 from rung.core.records import Layout
+from rung.lm.decoder import Decoder
+from rung.lm.weights.families import from_hugging_face
 
 SLOTS, CAPACITY = 4, 150
 
@@ -131,6 +134,28 @@ def test_no_history_of_a_state_shows_in_a_hidden_state(seed):
         history.happen()
 
 
+@pytest.mark.parametrize("feature", FEATURES)
+def test_no_history_shows_with_any_feature(feature):
+    history = History(3, decoder=tiny_decoder(kv_heads=3, feature=feature))
+    history.forward(Layout.chains([9, 2]), accept="all")
+    for _ in range(25):
+        history.happen()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_history_shows_in_any_family(kind):
+    """Chunks, steps, trees and forks of several slots, accepted in part or not at all, on a model of every family."""
+    config = from_hugging_face(their_config(kind).to_dict(), where="here")
+    decoder = Decoder(config, torch.float64).init_(torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.mul_(15 if parameter.dim() > 1 else 1)  # of order one: what a token sees must show
+    history = History(len(kind), decoder=decoder)
+    history.forward(Layout.chains([9, 2]), accept="all")
+    for _ in range(15):
+        history.happen()
+
+
 @pytest.mark.parametrize("seed", range(6))
 @torch.inference_mode()
 def test_no_history_shows_in_bf16_by_more_than_rounding(seed):
@@ -138,6 +163,17 @@ def test_no_history_shows_in_bf16_by_more_than_rounding(seed):
     history = History(seed, torch.bfloat16)
     history.forward(Layout.chains([60, 62, 3]), accept="all")
     for _ in range(25):
+        history.happen()
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@torch.inference_mode()
+def test_no_history_shows_in_bf16_with_any_feature(feature):
+    """A step of one row goes through the kernels where they serve, and only there."""
+    history = History(0, torch.bfloat16, tiny_decoder(3, torch.bfloat16, feature))
+    for done in range(9):
+        history.forward(Layout.chain(1, start=done), accept="all")
+    for _ in range(5):
         history.happen()
 
 

@@ -254,7 +254,7 @@ def test_a_tied_head_that_was_written_all_the_same_is_read_checked_and_written_b
 
 def test_a_save_that_fails_half_way_leaves_no_folder(tmp_path, folder):
     decoder, held = load_folder(folder)
-    theirs = their_tensors(decoder.config, dict(decoder.named_parameters()))
+    theirs = their_tensors(decoder.config, held.config, dict(decoder.named_parameters()))
     del theirs["model.norm.weight"]
     with pytest.raises(KeyError):
         save_folder(tmp_path / "ours", held, theirs)

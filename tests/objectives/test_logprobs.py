@@ -1,10 +1,12 @@
 """Chunked log-probabilities and entropies against their plain twin."""
 
+import math
+
 import pytest
 import torch
 
 from rung.objectives import logprobs
-from rung.objectives.logprobs import plain_token_logprobs, token_logprobs
+from rung.objectives.logprobs import plain_token_logprobs, softcapped, token_logprobs
 
 ROWS, WIDTH, WORDS = 37, 16, 53  # no size divides another, nor a chunk
 
@@ -26,22 +28,46 @@ def both_ways(function, hidden_ND, weight_VD, target_N, incoming, **options):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
 @pytest.mark.parametrize("chunk", [1, 10, ROWS, 1000])
 @pytest.mark.parametrize("block", [1, 200, 1 << 20])
-def test_values_and_gradients_are_those_of_the_dense_log_softmax(monkeypatch, temperature, chunk, block):
+def test_values_and_gradients_are_those_of_the_dense_log_softmax(monkeypatch, temperature, softcap, chunk, block):
     monkeypatch.setattr(logprobs, "BLOCK_ELEMENTS", block)
     given = problem(torch.float64)
-    fast = both_ways(token_logprobs, *given, temperature=temperature, chunk=chunk)
-    plain = both_ways(plain_token_logprobs, *given, temperature=temperature)
+    fast = both_ways(token_logprobs, *given, temperature=temperature, softcap=softcap, chunk=chunk)
+    plain = both_ways(plain_token_logprobs, *given, temperature=temperature, softcap=softcap)
     for ours, twin in zip(fast, plain, strict=True):
         assert float((ours - twin).abs().max()) < 1e-12 * float(twin.abs().max())
 
 
-def test_gradients_pass_gradcheck():
+@pytest.mark.parametrize("softcap", [0.0, 1.5])
+def test_gradients_pass_gradcheck(softcap):
     hidden_ND, weight_VD, target_N, _ = problem(torch.float64, seed=1)
     inputs = hidden_ND[:5].requires_grad_(), weight_VD[:7].requires_grad_()
     target_N = target_N[:5] % 7
-    assert torch.autograd.gradcheck(lambda h, w: token_logprobs(h, w, target_N, temperature=0.8, chunk=2), inputs)
+    options = {"temperature": 0.8, "softcap": softcap, "chunk": 2}
+    assert torch.autograd.gradcheck(lambda h, w: token_logprobs(h, w, target_N, **options), inputs)
+
+
+def test_a_cap_far_above_the_logits_changes_nothing_and_a_low_one_bounds_them():
+    hidden_ND, weight_VD, target_N, _ = problem(torch.float64)
+    free, entropy = token_logprobs(hidden_ND, weight_VD, target_N)
+    high, low = (token_logprobs(hidden_ND, weight_VD, target_N, softcap=c) for c in (1e6, 1e-3))
+    torch.testing.assert_close(high[0], free, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(low[1], torch.full_like(entropy, math.log(WORDS)), rtol=1e-5, atol=0)
+    assert not torch.allclose(free, low[0], rtol=0.1)
+
+
+def test_what_is_scored_is_what_is_drawn_from_capped_and_rounded_alike():
+    """The sampler's logits are capped and rounded to bf16; with a cap of 30 that is an eighth."""
+    hidden_ND, weight_VD, target_N, _ = problem(torch.bfloat16)
+    hidden_ND = hidden_ND * 20
+    logits_NV = softcapped(hidden_ND @ weight_VD.T, 30.0)
+    assert logits_NV.dtype == torch.bfloat16
+    assert logits_NV.abs().max() == 30
+    drawn_N = logits_NV.float().log_softmax(-1).gather(1, target_N[:, None])[:, 0]
+    scored_N, _ = token_logprobs(hidden_ND, weight_VD, target_N, softcap=30.0, chunk=10)
+    torch.testing.assert_close(scored_N, drawn_N, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])

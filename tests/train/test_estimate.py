@@ -4,11 +4,14 @@ import math
 from dataclasses import replace
 
 import pytest
-from train.tiny import tiny_recipe
+import torch
+from train.tiny import tiny_decoder, tiny_recipe
 
 import rung
 from rung.core.errors import ConfigError
+from rung.core.records import Layout
 from rung.core.rundir import create, open_run
+from rung.lm.decoder import Decoder
 from rung.tasks.load import load_task
 from rung.train import estimate as estimates
 from rung.train.config import Method, TaskSpec
@@ -36,6 +39,41 @@ def test_long_prompts_need_a_longer_cache_and_more_time(folder, tmp_path):
     assert math.isclose(
         sum(estimates.memory(long, model.decoder.footprint(), lengths[1]).values()), rung.estimate(long).bytes
     )
+
+
+BASE = tiny_decoder().config
+MIXER = BASE.blocks[0].mixer
+BLOCKS = {
+    "Llama": BASE.blocks[0],
+    "heads normed": replace(BASE.blocks[0], mixer=replace(MIXER, qk_norm="head", window=3)),
+    "width normed, norms behind": replace(BASE.blocks[0], norms="after", mixer=replace(MIXER, qk_norm="width")),
+    "norms before and behind": replace(BASE.blocks[0], norms="both", mixer=replace(MIXER, softcap=2.0)),
+}
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_activations_are_what_autograd_keeps(block):
+    """All tensors kept for the backward pass that grow with the tokens, byte for byte; what is not in a block is the
+    last norm's input and the token's id."""
+    config = replace(BASE, blocks=(BLOCKS[block],) * 3)
+    decoder = Decoder(config)
+    weights = {parameter.data_ptr() for parameter in decoder.parameters()}
+
+    def kept(tokens: int) -> int:
+        sizes = {}
+
+        def pack(tensor):
+            if tensor.data_ptr() not in weights:
+                sizes[tensor.untyped_storage().data_ptr()] = (tensor.untyped_storage().nbytes(), tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            kept_alive = decoder(torch.zeros(tokens).long(), Layout.chain(tokens))
+        assert len(kept_alive) == tokens
+        return sum(size for size, _ in sizes.values())
+
+    a_token = (kept(80) - kept(40)) / 40
+    assert a_token == 4 * decoder.footprint().activations + 4 * config.width + 8
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_a_llama_loaded_both_ways_gives_equal_loss_and_gradients(llama, name, sh
     assert_equal(loss_and_gradients(foreign, METHODS[name], share_prompts=share_prompts), wanted)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "gptj", "mixtral", "mamba"])
+@pytest.mark.parametrize("kind", ["gpt2", "gptj", "nanochat", "mixtral", "mamba"])
 def test_neither_sharing_prompts_nor_the_micro_batch_changes_a_foreign_gradient(tmp_path, kind):
     path, method = foreign_folder(tmp_path / "model", kind), Method(kl="k3_loss", kl_coef=0.3, entropy_coef=0.1)
     models = [load(path, dtype="fp32", foreign=True) for _ in range(3)]

@@ -1,5 +1,6 @@
 """The gated feed-forward layer."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from rung.core.shapes import Float, Tensor
 from rung.lm import fused
 from rung.lm.config import MLPSpec
 from rung.lm.linear import Linear
+
+Activation = Callable[[Tensor], Tensor]
+Gradient = Callable[[Tensor, Tensor], Tensor]  # from the gradient of its result, and its argument
 
 
 class MLP(nn.Module):
@@ -28,30 +32,48 @@ class MLP(nn.Module):
 
 def silu_gate(gate_up_TE: Float[Tensor, "T E"]) -> Float[Tensor, "T F"]:
     """silu(gate) * up of the two halves of the last dimension."""
-    if torch.is_grad_enabled():
-        return _SiluGate.apply(gate_up_TE)
-    if fused.serves_one(gate_up_TE):
+    if not torch.is_grad_enabled() and fused.serves_one(gate_up_TE):
         return fused.silu_gate(gate_up_TE)
+    return _gated(gate_up_TE, F.silu, torch.ops.aten.silu_backward)
+
+
+def gelu_tanh_gate(gate_up_TE: Float[Tensor, "T E"]) -> Float[Tensor, "T F"]:
+    """gelu(gate) * up, by the tanh approximation."""
+    return _gated(gate_up_TE, _gelu, _gelu_backward)
+
+
+def _gated(gate_up_TE: Tensor, activation: Activation, gradient: Gradient) -> Tensor:
+    if torch.is_grad_enabled():
+        return _Gate.apply(gate_up_TE, activation, gradient)
     gate_TF, up_TF = gate_up_TE.chunk(2, -1)
-    return F.silu(gate_TF).mul_(up_TF)
+    return activation(gate_TF).mul_(up_TF)
 
 
-class _SiluGate(torch.autograd.Function):
-    """Keeps gate and up alone for the backward pass; autograd would keep silu(gate) too."""
+class _Gate(torch.autograd.Function):
+    """Keeps gate and up alone for the backward pass; autograd would keep activation(gate) too."""
 
     @staticmethod
-    def forward(ctx: Any, gate_up_TE: Tensor) -> Tensor:
+    def forward(ctx: Any, gate_up_TE: Tensor, activation: Activation, gradient: Gradient) -> Tensor:
         ctx.save_for_backward(gate_up_TE)
+        ctx.activation, ctx.gradient = activation, gradient
         gate_TF, up_TF = gate_up_TE.chunk(2, -1)
-        return F.silu(gate_TF).mul_(up_TF)
+        return activation(gate_TF).mul_(up_TF)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout_TF: Tensor) -> Tensor:
+    def backward(ctx: Any, dout_TF: Tensor) -> tuple[Tensor, None, None]:
         (gate_up_TE,) = ctx.saved_tensors
         gate_TF, up_TF = gate_up_TE.chunk(2, -1)
-        dgate_TF = torch.ops.aten.silu_backward(dout_TF * up_TF, gate_TF)
-        return torch.cat((dgate_TF, F.silu(gate_TF).mul_(dout_TF)), -1)
+        dgate_TF = ctx.gradient(dout_TF * up_TF, gate_TF)
+        return torch.cat((dgate_TF, ctx.activation(gate_TF).mul_(dout_TF)), -1), None, None
 
 
-GATES = {"silu": silu_gate}
+def _gelu(gate_TF: Tensor) -> Tensor:
+    return F.gelu(gate_TF, approximate="tanh")
+
+
+def _gelu_backward(dout_TF: Tensor, gate_TF: Tensor) -> Tensor:
+    return torch.ops.aten.gelu_backward(dout_TF, gate_TF, approximate="tanh")
+
+
+GATES = {"silu": silu_gate, "gelu_tanh": gelu_tanh_gate}

@@ -15,6 +15,7 @@ from rung.lm.linear import Linear
 from rung.lm.mixers.packed import PackedPlan
 from rung.lm.mixers.plain import PlainPlan
 from rung.lm.mixers.step import StepPlan, is_step
+from rung.lm.norm import RMSNorm
 from rung.lm.state import Placement
 
 Plan = StepPlan | PackedPlan | PlainPlan
@@ -30,7 +31,9 @@ def choose_plan(layout: Layout, spec: AttentionSpec, new: Placement | None, like
 
 
 class Attention(nn.Module):
-    """Multi-head attention with rotary positions; q, k and v are one matrix, rows in that order.  [Vaswani 2017]"""
+    """Multi-head attention with rotary positions; q, k and v are one matrix, rows in that order.  [Vaswani 2017]
+
+    Where q and k are normed, that is over a head [Henry 2020; Qwen3] or over all heads at once [OLMo 2]."""
 
     branches = True
 
@@ -40,10 +43,28 @@ class Attention(nn.Module):
         inner, outer = (spec.heads + 2 * spec.kv_heads) * spec.head_dim, spec.heads * spec.head_dim
         self.qkv = Linear(width, inner, spec.bias, dtype, device)
         self.out = Linear(outer, width, spec.out_bias, dtype, device)
+        sizes = {"none": (), "head": (spec.head_dim,) * 2, "width": (outer, spec.kv_heads * spec.head_dim)}
+        norms = [RMSNorm(size, spec.norm_eps, dtype, device, spec.norm) for size in sizes[spec.qk_norm]]
+        self.q_norm: RMSNorm | None
+        self.k_norm: RMSNorm | None
+        self.q_norm, self.k_norm = norms or (None, None)
 
     def plan(self, layout: Layout, new: Placement | None) -> Plan:
         """What all layers of this spec share in one forward."""
         return choose_plan(layout, self.spec, new, self.qkv.weight)
 
     def forward(self, x_TD: Float[Tensor, "T D"], plan: Plan, rows: Tensor | None) -> Float[Tensor, "T D"]:
-        return self.out(plan.attend(self.qkv(x_TD), rows))
+        return self.out(plan.attend(self._normed(self.qkv(x_TD)), rows))
+
+    def _normed(self, qkv_TE: Tensor) -> Tensor:
+        """q and k normed, where this spec norms them."""
+        if self.q_norm is None or self.k_norm is None:
+            return qkv_TE
+        spec = self.spec
+        sizes = [heads * spec.head_dim for heads in (spec.heads, spec.kv_heads, spec.kv_heads)]
+        q_TO, k_TI, v_TI = qkv_TE.split(sizes, -1)
+        q_TO, k_TI = (
+            norm(x_TI.contiguous().view(-1, len(norm.weight))).view(len(x_TI), -1)  # a slice would keep all of qkv
+            for norm, x_TI in ((self.q_norm, q_TO), (self.k_norm, k_TI))
+        )
+        return torch.cat((q_TO, k_TI, v_TI), -1)

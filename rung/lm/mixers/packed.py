@@ -3,14 +3,15 @@
 Linears, norms and the head see every token once.  Only here tokens are gathered into rectangles: a *run* is a stretch
 of tokens without a branch, a *piece* is up to QUERY_BLOCK queries of one run with the keys before them (the runs above
 it, then the run itself), a *tile* is pieces of like size, padded to the largest.  Key `j` of a piece is seen by its
-query `i` if j < visible + i: one rule for chains, completions and blocks of long runs.
+query `i` if j < visible + i: one rule for chains, completions and blocks of long runs.  A window adds j >= visible + i
+- window, and a piece then begins with the first key that its first query sees.
 
 The backward pass is written out: scores are recomputed, so that a layer keeps nothing but q, k and v, and the rows of
 a shared prompt collect the gradients of all that continues it in fp32.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ class Piece:
 
     query: int
     count: int
-    above_P: np.ndarray  # the ancestors of the run, in order
+    above_P: np.ndarray  # the ancestors of the run, in order, as far as a query sees them
     own: int
     visible: int  # keys that the first query sees
 
@@ -43,7 +44,7 @@ class Piece:
         return self.visible + self.count - 1
 
 
-def pieces(layout: Layout) -> list[Piece]:
+def pieces(layout: Layout, window: int = 0) -> list[Piece]:
     """Cut a layout into pieces; a run ends where something branches off, so that all of it is above what follows."""
     parent_T, slot_T = layout.parent_T.numpy(), layout.slot_T.numpy()
     starts_T = parent_T != np.arange(len(parent_T)) - 1
@@ -61,8 +62,15 @@ def pieces(layout: Layout) -> list[Piece]:
         paths[first + length - 1] = np.concatenate((above_P, np.arange(first, first + length)))
         for start in range(0, length, QUERY_BLOCK):
             count = min(QUERY_BLOCK, length - start)
-            found.append(Piece(first + start, count, above_P, first, len(above_P) + start + 1))
+            piece = Piece(first + start, count, above_P, first, len(above_P) + start + 1)
+            found.append(_without(piece, piece.visible - window) if 0 < window < piece.visible else piece)
     return found
+
+
+def _without(piece: Piece, keys: int) -> Piece:
+    """Without its first keys."""
+    own = piece.own + max(keys - len(piece.above_P), 0)
+    return replace(piece, above_P=piece.above_P[keys:], own=own, visible=piece.visible - keys)
 
 
 def tiles(all_pieces: Iterable[Piece], heads: int) -> list[list[Piece]]:
@@ -113,12 +121,11 @@ class PackedPlan:
     def build(layout: Layout, spec: AttentionSpec, new: Placement | None, like: Tensor) -> "PackedPlan":
         heads, kv_heads = spec.heads, spec.kv_heads
         made, query_parts, key_parts, at_query, at_key = [], [], [], 0, 0
-        for group in tiles(pieces(layout), heads):
+        for group in tiles(pieces(layout, spec.window), heads):
             query_BC, key_BN, visible_B = _rows(group, padding=len(layout))
             query_BHC = np.minimum(query_BC[:, None] * heads + np.arange(heads)[:, None], len(layout) * heads)
             key_BKN = key_BN[:, None] * (2 * kv_heads) + np.arange(kv_heads)[:, None]
-            seen_BCN = np.arange(key_BN.shape[1]) < (visible_B[:, None] + np.arange(query_BC.shape[1]))[..., None]
-            hidden_B1CN = torch.from_numpy(~seen_BCN[:, None])
+            hidden_B1CN = torch.from_numpy(~_seen(visible_B, query_BC.shape[1], key_BN.shape[1], spec.window)[:, None])
             mask_B1CN = torch.zeros(hidden_B1CN.shape).masked_fill_(hidden_B1CN, -torch.inf)
             queries, keys = slice(at_query, at_query + query_BHC.size), slice(at_key, at_key + key_BKN.size)
             made.append(Tile(queries, keys, mask_B1CN.to(like)))
@@ -130,7 +137,7 @@ class PackedPlan:
         back_M = np.full(len(layout) * heads + 1, at_query)
         back_M[query_M] = np.arange(at_query)
         query, key, back = (torch.from_numpy(part).to(like.device) for part in (query_M, key_N, back_M[:-1]))
-        cos_T1d, sin_T1d = rotary_tables(spec.rope, spec.head_dim, layout.position_T, like)
+        cos_T1d, sin_T1d = rotary_tables(spec, layout.position_T, like)
         return PackedPlan(spec, cos_T1d, sin_T1d, tuple(made), query, key, key + kv_heads, back, new)
 
     def attend(self, qkv_TE: Float[Tensor, "T E"], rows: Tensor | None) -> Float[Tensor, "T O"]:
@@ -156,6 +163,16 @@ def _rows(group: list[Piece], *, padding: int) -> tuple[np.ndarray, np.ndarray, 
     return query_BC, key_BN, np.array([piece.visible for piece in group])
 
 
+def _seen(visible_B: np.ndarray, queries: int, keys: int, window: int) -> np.ndarray:
+    """Which keys a query of a tile sees [B, C, N].  Padding sees something too: softmax over nothing is NaN."""
+    end_BC1 = (visible_B[:, None] + np.arange(queries))[..., None]
+    seen_BCN = np.arange(keys) < end_BC1
+    if window:
+        seen_BCN &= np.arange(keys) >= end_BC1 - window
+        seen_BCN |= ~seen_BCN.any(-1, keepdims=True)
+    return seen_BCN
+
+
 class _Attend(torch.autograd.Function):
     """Rotate q and k, attend within the tiles.  Also returns rotated keys and values, [T, 2K, d], for a cache."""
 
@@ -172,7 +189,7 @@ class _Attend(torch.autograd.Function):
         out_Md = _with_zero_row(q_Md, len(q_Md), head_dim)
         for tile in plan.tiles:
             q, k, v, out = _views(tile, kv_heads, (q_Md, k_Nd, v_Nd, out_Md))
-            torch.bmm(_weights(q, k, tile), v, out=out)
+            torch.bmm(_weights(q, k, tile, plan.spec)[0], v, out=out)
         ctx.plan = plan
         ctx.save_for_backward(q_Nd, kv_TKd)
         ctx.mark_non_differentiable(kv_TKd)
@@ -192,10 +209,11 @@ class _Attend(torch.autograd.Function):
         for tile in plan.tiles:
             q, k, v, dout = _views(tile, kv_heads, (q_Md, k_Nd, v_Nd, dout_Md))
             dq, dk, dv, _ = _views(tile, kv_heads, (dq_Md, dk_Nd, dv_Nd, dout_Md))
-            weight = _weights(q, k, tile)
+            weight, slope = _weights(q, k, tile, plan.spec)
             torch.bmm(weight.transpose(1, 2), dout, out=dv)
             dweight = torch.bmm(dout, v.transpose(1, 2))
-            dscore = torch.ops.aten._softmax_backward_data(dweight, weight, -1, weight.dtype).mul_(head_dim**-0.5)
+            dscore = torch.ops.aten._softmax_backward_data(dweight, weight, -1, weight.dtype)
+            dscore = (dscore if slope is None else dscore.mul_(slope)).mul_(plan.spec.score_scale)
             torch.bmm(dscore, k, out=dq)
             torch.bmm(dscore.transpose(1, 2), q, out=dk)
         dq_THd = dq_Md.index_select(0, plan.back_M).view(-1, heads, head_dim)
@@ -228,8 +246,13 @@ def _views(tile: Tile, kv_heads: int, parts: tuple[Tensor, Tensor, Tensor, Tenso
     return tuple(rows[cut].view(groups, -1, rows.shape[-1]) for rows, cut in cuts)
 
 
-def _weights(q: Tensor, k: Tensor, tile: Tile) -> Tensor:
+def _weights(q: Tensor, k: Tensor, tile: Tile, spec: AttentionSpec) -> tuple[Tensor, Tensor | None]:
+    """Attention weights, and where scores are capped the slope 1 - tanh^2 of the cap, for the backward pass."""
     pieces_B, _, queries_C, keys_N = tile.mask_B1CN.shape
-    score = torch.bmm(q, k.transpose(1, 2)).mul_(q.shape[-1] ** -0.5)
+    score, slope = torch.bmm(q, k.transpose(1, 2)).mul_(spec.score_scale), None
+    if spec.softcap:
+        score.div_(spec.softcap).tanh_()
+        slope = score.square().neg_().add_(1)
+        score.mul_(spec.softcap)
     score.view(pieces_B, -1, queries_C, keys_N).add_(tile.mask_B1CN)
-    return score.softmax(-1)
+    return score.softmax(-1), slope

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from rung.core.records import Layout
-from rung.core.shapes import Bool, Float, Tensor
+from rung.core.shapes import Bool, Float, Int, Tensor
 from rung.lm.config import AttentionSpec
 from rung.lm.rope import rotary_tables, rotate
 from rung.lm.state import Placement
@@ -27,14 +27,15 @@ class PlainPlan:
 
     @staticmethod
     def build(layout: Layout, spec: AttentionSpec, new: Placement | None, like: Tensor) -> "PlainPlan":
-        cos_T1d, sin_T1d = rotary_tables(spec.rope, spec.head_dim, layout.position_T, like)
-        seen_TT = layout.ancestors_TT()
+        cos_T1d, sin_T1d = rotary_tables(spec, layout.position_T, like)
+        seen_TT = layout.ancestors_TT() & _near(layout.position_T, layout.position_T, spec.window)
         if new is None:
             return PlainPlan(spec, cos_T1d, sin_T1d, seen_TT)
         slots = new.slot_N.unique()
         which_N, row_N = (torch.arange(new.state.capacity) < new.state.length_S[slots, None]).nonzero(as_tuple=True)
         slot_N = slots[which_N]
-        seen_TN = torch.cat((layout.slot_T[:, None] == slot_N, seen_TT), 1)
+        old_TN = (layout.slot_T[:, None] == slot_N) & _near(layout.position_T, row_N, spec.window)
+        seen_TN = torch.cat((old_TN, seen_TT), 1)
         return PlainPlan(spec, cos_T1d, sin_T1d, seen_TN, (slot_N, row_N), new)
 
     def attend(self, qkv_TE: Float[Tensor, "T E"], rows: Tensor | None) -> Float[Tensor, "T O"]:
@@ -47,7 +48,13 @@ class PlainPlan:
             slot_N, row_N = self.old
             k_TKd = torch.cat((rows[0, slot_N, :, row_N], k_TKd))
             v_TKd = torch.cat((rows[1, slot_N, :, row_N], v_TKd))
-        return attend(q_THd, k_TKd, v_TKd, self.seen_TN)
+        return attend(q_THd, k_TKd, v_TKd, self.seen_TN, self.spec)
+
+
+def _near(query_T: Int[Tensor, "T"], key_N: Int[Tensor, "N"], window: int) -> Bool[Tensor, "T N"]:
+    """Is a key, by its position, inside a query's window?  (Row r of a slot holds position r.)"""
+    distance_TN = query_T[:, None] - key_N
+    return distance_TN < window if window else torch.ones_like(distance_TN, dtype=torch.bool)
 
 
 def attend(
@@ -55,11 +62,14 @@ def attend(
     k_NKd: Float[Tensor, "N K d"],
     v_NKd: Float[Tensor, "N K d"],
     seen_TN: Bool[Tensor, "T N"],
+    spec: AttentionSpec,
 ) -> Float[Tensor, "T O"]:
-    """softmax(q k / sqrt(d)) v over the columns that a row sees; query head h uses key-value head h // (H / K)."""
+    """softmax(cap(scale q k)) v over the columns that a row sees; query head h uses key-value head h // (H / K)."""
     tokens, heads, head_dim = q_THd.shape
     q_TKgd = q_THd.unflatten(1, (k_NKd.shape[1], -1))
-    score_KgTN = torch.einsum("tkgd,nkd->kgtn", q_TKgd, k_NKd) * head_dim**-0.5
+    score_KgTN = torch.einsum("tkgd,nkd->kgtn", q_TKgd, k_NKd) * spec.score_scale
+    if spec.softcap:
+        score_KgTN = spec.softcap * (score_KgTN / spec.softcap).tanh()
     wide = torch.promote_types(q_THd.dtype, torch.float32)
     weight_KgTN = score_KgTN.masked_fill(~seen_TN, -torch.inf).softmax(-1, dtype=wide).to(q_THd.dtype)
     return torch.einsum("kgtn,nkd->tkgd", weight_KgTN, v_NKd).reshape(tokens, heads * head_dim)

@@ -37,7 +37,7 @@ from rung.lm.weights.files import (
     tensors,
     write_shard,
 )
-from rung.lm.weights.names import HUGGING_FACE, Rule, rules, split
+from rung.lm.weights.names import Rule, hugging_face_names, rules, split
 
 Export = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]  # our parameters by name -> tensors of files by name
 DERIVED = ".rotary_emb.inv_freq"  # a table that old Llama files carry; it follows from the config, and is not kept
@@ -71,7 +71,7 @@ def load_folder(
     raw = read_json(path / "config.json")
     config = from_hugging_face(raw, where=str(path / "config.json"))
     shards = read_shards(path)
-    table = rules(config, HUGGING_FACE)
+    table = rules(config, hugging_face_names(raw))
     _check(table, shards, path, tied=config.tied)
     first = next(entry for shard in shards for entry in shard.entries if entry.name == table[0].parts[0].name)
     decoder = Decoder(config, dtype=dtype or DTYPES[first.dtype], device=torch.device(device))
@@ -83,17 +83,16 @@ def load_folder(
 
 def new_folder(config: DecoderConfig, dtype: torch.dtype) -> Folder:
     """The folder of a decoder that was made here and not loaded."""
-    entries = tuple(
-        Entry(part.name, CODES[dtype], part.shape) for rule in rules(config, HUGGING_FACE) for part in rule.parts
-    )
     raw = to_hugging_face(config) | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    table = rules(config, hugging_face_names(raw))
+    entries = tuple(Entry(part.name, CODES[dtype], part.shape) for rule in table for part in rule.parts)
     return Folder(config=raw, shards=(Shard(file=SINGLE, entries=entries),))
 
 
-def their_tensors(config: DecoderConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a folder by name, from our parameters by name: an `Export`, once the config is given."""
+def their_tensors(config: DecoderConfig, raw: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a folder by name, from our parameters by name: an `Export`, once both configs are given."""
     found: dict[str, Tensor] = {}
-    for rule in rules(config, HUGGING_FACE):
+    for rule in rules(config, hugging_face_names(raw)):
         found |= split(rule, weights[rule.ours].detach())
     if config.tied:  # some folders write the head all the same
         found["lm_head.weight"] = weights["embedding.weight"].detach()

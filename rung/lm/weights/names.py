@@ -7,18 +7,21 @@ GGUF files of architecture `llama` hold the rows of q and k in another order ins
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from rung.core.shapes import Tensor
 from rung.lm.config import BlockSpec, DecoderConfig
 
-HUGGING_FACE: Mapping[str, str] = {  # Llama, Mistral, Qwen2: the same names
+HUGGING_FACE: dict[str, str] = {  # Llama and most others
     "embedding": "model.embed_tokens",
     "norm": "model.norm",
     "unembedding": "lm_head",
     "mixer_norm": "model.layers.{i}.input_layernorm",
     "channel_norm": "model.layers.{i}.post_attention_layernorm",
+    "q_norm": "model.layers.{i}.self_attn.q_norm",
+    "k_norm": "model.layers.{i}.self_attn.k_norm",
     "q": "model.layers.{i}.self_attn.q_proj",
     "k": "model.layers.{i}.self_attn.k_proj",
     "v": "model.layers.{i}.self_attn.v_proj",
@@ -27,12 +30,29 @@ HUGGING_FACE: Mapping[str, str] = {  # Llama, Mistral, Qwen2: the same names
     "up": "model.layers.{i}.mlp.up_proj",
     "down": "model.layers.{i}.mlp.down_proj",
 }
+POST_NORMS = HUGGING_FACE | {  # there `post_attention_layernorm` is what it says: behind the mixer
+    "mixer_post_norm": "model.layers.{i}.post_attention_layernorm",
+    "channel_norm": "model.layers.{i}.pre_feedforward_layernorm",
+    "channel_post_norm": "model.layers.{i}.post_feedforward_layernorm",
+}
+FUSED = HUGGING_FACE | {  # one tensor where others have three, or two
+    "qkv": "model.layers.{i}.self_attn.qkv_proj",
+    "gate_up": "model.layers.{i}.mlp.gate_up_proj",
+}
+OF_FAMILY: Mapping[str, Mapping[str, str]] = {  # model_type in config.json -> names; all others: HUGGING_FACE
+    "gemma2": POST_NORMS,
+    "gemma3_text": POST_NORMS,
+    "olmo2": POST_NORMS,
+    "phi3": FUSED,
+}
 GGUF: Mapping[str, str] = {
     "embedding": "token_embd",
     "norm": "output_norm",
     "unembedding": "output",
     "mixer_norm": "blk.{i}.attn_norm",
     "channel_norm": "blk.{i}.ffn_norm",
+    "q_norm": "blk.{i}.attn_q_norm",
+    "k_norm": "blk.{i}.attn_k_norm",
     "q": "blk.{i}.attn_q",
     "k": "blk.{i}.attn_k",
     "v": "blk.{i}.attn_v",
@@ -72,6 +92,11 @@ def rules(config: DecoderConfig, names: Mapping[str, str], *, permuted: bool = F
     return tuple(found)
 
 
+def hugging_face_names(raw: Mapping[str, Any]) -> Mapping[str, str]:
+    """The names in the files of a model folder, by its config.json."""
+    return OF_FAMILY.get(str(raw.get("model_type")), HUGGING_FACE)
+
+
 def unpermute(rows: Tensor, heads: int) -> Tensor:
     """llama.cpp's order of a head's rows (pairs interleaved: 0, d/2, 1, d/2 + 1, ...) to Hugging Face's halves.
 
@@ -98,15 +123,30 @@ def _block_rules(index: int, block: BlockSpec, width: int, names: Mapping[str, s
     mixer, channel, ours = block.mixer, block.channel, f"blocks.{index}."
     q, kv, ff = mixer.heads * mixer.head_dim, mixer.kv_heads * mixer.head_dim, channel.width
     heads = (mixer.heads, mixer.kv_heads) if permuted else (0, 0)
-    found = [_rule(ours + "mixer_norm.weight", (names["mixer_norm"], (width,)))]
-    found += _linear(
-        ours + "mixer.qkv", width, mixer.bias, (names["q"], q, heads[0]), (names["k"], kv, heads[1]), (names["v"], kv)
-    )
+    normed = {"none": (), "head": (mixer.head_dim,) * 2, "width": (q, kv)}[mixer.qk_norm]
+    qkv = _parts(names, "qkv", ("q", q, heads[0]), ("k", kv, heads[1]), ("v", kv))
+    gate_up = _parts(names, "gate_up", ("gate", ff), ("up", ff))
+
+    def norm(name: str) -> Rule:
+        return _rule(ours + name + ".weight", (names[name], (width,)))
+
+    found = [norm("mixer_norm")] if block.norms != "after" else []
+    found += _linear(ours + "mixer.qkv", width, mixer.bias, *qkv)
+    for name, size in zip(("q_norm", "k_norm"), normed, strict=False):
+        found.append(_rule(f"{ours}mixer.{name}.weight", (names[name], (size,))))
     found += _linear(ours + "mixer.out", q, mixer.out_bias, (names["out"], width))
-    found.append(_rule(ours + "channel_norm.weight", (names["channel_norm"], (width,))))
-    found += _linear(ours + "channel.gate_up", width, channel.bias, (names["gate"], ff), (names["up"], ff))
+    found += [norm("mixer_post_norm")] if block.norms != "before" else []
+    found += [norm("channel_norm")] if block.norms != "after" else []
+    found += _linear(ours + "channel.gate_up", width, channel.bias, *gate_up)
     found += _linear(ours + "channel.down", ff, channel.bias, (names["down"], width))
-    return found
+    return found + ([norm("channel_post_norm")] if block.norms != "before" else [])
+
+
+def _parts(names: Mapping[str, str], fused: str, *parts: tuple) -> tuple[tuple, ...]:
+    """Under their names; one part where the table has a name for all of them together."""
+    if fused in names:
+        return ((names[fused], sum(rows for _, rows, *_ in parts)),)
+    return tuple((names[name], *rest) for name, *rest in parts)
 
 
 def _rule(ours: str, *parts: tuple) -> Rule:
