@@ -12,8 +12,10 @@ from rung.core.progress import Listener, silent
 from rung.core.records import Layout
 from rung.core.shapes import Float, Int, Tensor
 from rung.core.words import Message
+from rung.lm.adapters.peft import is_adapter, load_adapter
 from rung.lm.decoder import Decoder
-from rung.lm.weights.hf import Folder, load_folder, new_folder, save_folder
+from rung.lm.weights.files import read_shards
+from rung.lm.weights.hf import Change, Folder, load_folder, new_folder, save_folder, unchanged
 from rung.lm.weights.sources import locate
 from rung.text.chat import prompt_ids
 from rung.text.pretrained import Tokenizer
@@ -57,13 +59,14 @@ class Model:
         hidden_ND = self.decoder.forward(token_ids_BT.reshape(-1), Layout.chains([length] * rows))
         return self.decoder.head(hidden_ND).float().unflatten(0, (rows, length))
 
-    def save(self, folder: str | Path, weights: Mapping[str, Tensor] | None = None) -> Path:
+    def save(self, folder: str | Path, weights: Mapping[str, Tensor] | None = None, change: Change = unchanged) -> Path:
         """Write a Hugging Face folder that must not exist yet (or be empty), in the dtypes of the folder it came from.
 
         `weights`: our parameters by name to write in place of the decoder's own (the learner's fp32 masters).
+        `change`: applied to every tensor on its way (an adapter's `merged`).
         """
         values = dict(self.decoder.named_parameters()) | dict(weights or {})
-        save_folder(Path(folder), self.folder, self.decoder.config, values)
+        save_folder(Path(folder), self.folder, self.decoder.config, values, change)
         return Path(folder)
 
 
@@ -72,18 +75,41 @@ def load(
     *,
     dtype: DType = "auto",
     device: torch.device | str = "cpu",
+    base: str | Path = "",
     listener: Listener = silent,
 ) -> Model:
-    """A model by packaged name (`rung models` lists them), Hugging Face folder or .gguf file.
+    """A model by packaged name (`rung models` lists them), Hugging Face folder or .gguf file; or a PEFT folder with a
+    LoRA adapter, merged into the model it belongs to.
 
-    dtype: auto is bf16 where the machine multiplies it fast, else fp32.  Raises ModelError with what to do.
+    dtype: auto is bf16 where the machine multiplies it fast, else fp32; base: the adapter's model, where what it calls
+    it means nothing here.  Raises ModelError with what to do.
     """
     path = locate(name_or_path, listener)
-    decoder, folder = load_folder(path, dtype=compute_dtype(dtype, device), device=device, listener=listener)
+    change: Change = unchanged
+    if is_adapter(path):
+        path, change = _adapted(path, base, listener)
+    wanted = compute_dtype(dtype, device)
+    decoder, folder = load_folder(path, dtype=wanted, device=device, listener=listener, change=change)
     text = None
     if "tokenizer.json" in folder.files:
         text = Tokenizer.from_files(folder.files, folder.config, where=str(path))
     return Model(decoder=decoder.eval(), folder=folder, name=str(name_or_path), text=text)
+
+
+def _adapted(adapter: Path, base: str | Path, listener: Listener) -> tuple[Path, Change]:
+    """The folder of an adapter's model, and what the adapter makes of its tensors."""
+    factors, named = load_adapter(adapter)
+    give = "Give the model that was adapted: rung.load(adapter, base=...), or base_model_name_or_path in its config."
+    if not (wanted := base or named):
+        raise ModelError(f"{adapter} is an adapter and does not say of which model. {give}")
+    try:
+        path = locate(wanted, listener)
+    except ModelError as error:
+        raise ModelError(f"{adapter} is an adapter of {str(wanted)!r}, which cannot be had: {error} {give}") from error
+    factors.check(
+        {entry.name: entry.shape for shard in read_shards(path) for entry in shard.entries}, where=str(adapter)
+    )
+    return path, factors.merged
 
 
 def new_model(decoder: Decoder, name: str = "new", text: Tokenizer | None = None) -> Model:

@@ -1,7 +1,8 @@
 """What is tried before a run has a folder: that its task has every problem it will ask, and that they fit the model."""
 
-from rung.core.errors import TaskError
+from rung.core.errors import ModelError, TaskError
 from rung.core.progress import Listener, silent
+from rung.lm.adapters.peft import is_adapter
 from rung.lm.decoder import Decoder
 from rung.lm.weights.families import from_hugging_face
 from rung.lm.weights.files import COMPANIONS, read_files, read_json
@@ -38,6 +39,11 @@ def check_problems(recipe: GroupRL, task: Task, listener: Listener = silent) -> 
 def weightless(recipe: GroupRL, listener: Listener) -> Model:
     """The recipe's model as far as its shape and its tokenizer go; no tensor of it is read."""
     path = locate(recipe.model, listener)
+    if is_adapter(path):
+        raise ModelError(
+            f"{path} is an adapter: a run starts from a whole model, so that its reference is what it starts from. "
+            'Write it first: rung.load(adapter, dtype="fp32").save(folder).'
+        )
     raw = read_json(path / "config.json")
     config = from_hugging_face(raw, where=str(path / "config.json"))
     text = Tokenizer.from_files(read_files(path, COMPANIONS), raw, where=str(path))

@@ -18,8 +18,11 @@ from rung.core.errors import ConfigError
 from rung.core.progress import Listener, silent
 from rung.core.words import Problem
 from rung.engine.scheduler import prompt_slots
+from rung.lm.adapters.lora import Site, chosen, native_sites, num_weights
+from rung.lm.adapters.spec import LoRA
 from rung.lm.config import DecoderConfig
 from rung.lm.decoder import Decoder
+from rung.lm.linear import keeps_blocks
 from rung.model.model import Model, compute_dtype, load
 from rung.objectives.logprobs import CHUNK_ROWS
 from rung.tasks.base import draw
@@ -59,7 +62,7 @@ def estimate(recipe: GroupRL) -> Estimate:
     parts = memory(recipe, config, max(lengths))
     total = sum(parts.values())
     rate = multiply_rate(compute_dtype(recipe.dtype))
-    seconds = duration(recipe, num_parameters(config), rate, sum(lengths) / len(lengths))
+    seconds = duration(recipe, config, rate, sum(lengths) / len(lengths))
     lines = [f"{name:<24}{size / 1e9:8.2f} GB" for name, size in parts.items()]
     lines += [f"{'in all':<24}{total / 1e9:8.2f} GB, of {available_memory() / 1e9:.1f} GB free"]
     lines += [f"{'time':<24}{seconds / 60:8.1f} min for {recipe.num_steps} steps, if every sample is as long as may be"]
@@ -93,19 +96,25 @@ def prompt_lengths(model: Model, problems: Sequence[Problem]) -> list[int]:
 def memory(recipe: GroupRL, config: DecoderConfig, prompt: int) -> dict[str, float]:
     """Bytes held at the peak of a step, by what holds them.  prompt: tokens of a long one."""
     weights, width = num_parameters(config), compute_dtype(recipe.dtype).itemsize
-    parts = {
-        "libraries": LIBRARY,
-        "fp32 weights": 4.0 * weights,
-        "compute copy": float(width * weights) if width < 4 else 0.0,
-        "gradients": 4.0 * weights,
-        "AdamW moments": 8.0 * weights,
-        "reference": float(width * weights) if needs_reference(recipe.method) else 0.0,
+    learnt = num_learnt(config, recipe.lora)
+    parts = {"libraries": LIBRARY}
+    if recipe.lora.on:
+        parts["weights, at rest"] = float(width * weights)
+    parts |= {
+        "fp32 weights": 4.0 * learnt,
+        "compute copy": float(width * learnt) if width < 4 else 0.0,
+        "gradients": 4.0 * learnt,
+        "AdamW moments": 8.0 * learnt,
+        "reference": float(width * weights) if needs_reference(recipe.method) and not recipe.lora.on else 0.0,
     }
     rows = prompt + recipe.max_tokens
     per_row = sum(2 * block.mixer.kv_heads * block.mixer.head_dim for block in config.blocks) * width
     parts["key-value cache"] = float(_slots(recipe) * rows * per_row)
-    parts["learner's logits"] = head_bytes(config, width)
-    parts["activations"] = float(recipe.tokens_per_micro_batch * activation_bytes(config, width))
+    parts["learner's logits"] = head_bytes(config, width, learnt=not recipe.lora.on)
+    parts["activations"] = float(recipe.tokens_per_micro_batch * activation_bytes(config, width, recipe.lora))
+    if recipe.lora.on and keeps_blocks("cpu", compute_dtype(recipe.dtype)):  # else they are fewer than the gradients
+        learner = parts["learner's logits"] + parts["activations"]
+        parts["sampler beyond learner"] = max(0.0, float(width * weights) - learner)
     return parts
 
 
@@ -115,30 +124,32 @@ def _slots(recipe: GroupRL) -> int:
     return decoding + min(prompt_slots(decoding), recipe.prompts_per_step)
 
 
-def activation_bytes(config: DecoderConfig, width: int) -> float:
-    """Bytes that one token leaves behind in a forward pass for its backward pass."""
+def activation_bytes(config: DecoderConfig, width: int, lora: LoRA) -> float:
+    """Bytes that one token leaves behind in a forward pass for its backward pass: with an adapter also every A x."""
     total = 0.0
     for block in config.blocks:
         mixer = 2 * (block.mixer.heads + block.mixer.kv_heads) * block.mixer.head_dim
         total += width * (4 * config.width + mixer + 3 * block.channel.width)
-    return total
+    return total + (width * lora.rank * sum(len(site.parts) for site in adapted(config, lora)) if lora.on else 0)
 
 
-def head_bytes(config: DecoderConfig, width: int) -> float:
-    """Bytes of one chunk of the learner's logits, and of the head's gradient while chunks are summed."""
-    return float(config.vocab_size * (width * CHUNK_ROWS + (width + 4) * config.width))
+def head_bytes(config: DecoderConfig, width: int, *, learnt: bool) -> float:
+    """Bytes of one chunk of the learner's logits, and of the head's gradient while chunks are summed, if it learns."""
+    return float(config.vocab_size * (width * CHUNK_ROWS + (width + 4) * config.width * learnt))
 
 
-def duration(recipe: GroupRL, weights: int, rate: float, prompt: float) -> float:
-    """Seconds of a run of longest samples: 2 operations a weight and token forwards, 4 backwards.
+def duration(recipe: GroupRL, config: DecoderConfig, rate: float, prompt: float) -> float:
+    """Seconds of a run of longest samples: 2 operations a weight and token forwards, 4 backwards, or 2 where it rests.
 
     prompt: tokens of one
     """
+    weights, learnt = num_parameters(config), num_learnt(config, recipe.lora)
+    whole = weights + learnt * recipe.lora.on  # of all matrices that a token passes
     prompts = recipe.prompts_per_step * prompt
     sampled = recipe.prompts_per_step * recipe.samples_per_prompt * recipe.max_tokens
-    rolled = 2.0 * weights * (prompts + sampled)
-    learned = (8.0 if needs_reference(recipe.method) else 6.0) * weights * (prompts + sampled)
-    evaluated = 2 * 2.0 * weights * recipe.eval_problems * (prompt + recipe.max_tokens)
+    rolled = 2.0 * whole * (prompts + sampled)
+    learned = (4.0 * whole + 2.0 * learnt + 2.0 * weights * needs_reference(recipe.method)) * (prompts + sampled)
+    evaluated = 2 * 2.0 * whole * recipe.eval_problems * (prompt + recipe.max_tokens)
     return (recipe.num_steps * (rolled + learned) + evaluated) / (rate * EFFICIENCY)
 
 
@@ -156,6 +167,16 @@ def multiply_rate(dtype: torch.dtype) -> float:
 def num_parameters(config: DecoderConfig) -> int:
     """Number of weights, counted on a decoder that holds none."""
     return sum(p.numel() for p in Decoder(config, device="meta").parameters())
+
+
+def num_learnt(config: DecoderConfig, lora: LoRA) -> int:
+    """Number of weights that learn: the adapter's, or all.  Raises ConfigError for targets that name no layer."""
+    return num_weights(adapted(config, lora), lora) if lora.on else num_parameters(config)
+
+
+def adapted(config: DecoderConfig, lora: LoRA) -> tuple[Site, ...]:
+    """The layers that an adapter would stand beside, on a decoder that holds nothing."""
+    return chosen(native_sites(Decoder(config, device="meta")), lora)
 
 
 def available_memory(root: Path = Path("/")) -> float:
