@@ -96,23 +96,21 @@ def prompt_lengths(model: Model, problems: Sequence[Problem]) -> list[int]:
 def memory(recipe: GroupRL, config: DecoderConfig, prompt: int) -> dict[str, float]:
     """Bytes held at the peak of a step, by what holds them.  prompt: tokens of a long one."""
     weights, width = num_parameters(config), compute_dtype(recipe.dtype).itemsize
-    learnt = num_learnt(config, recipe.lora)
-    parts = {"libraries": LIBRARY}
-    if recipe.lora.on:
-        parts["weights, at rest"] = float(width * weights)
+    learnt, lora = num_learnt(config, recipe.lora), recipe.lora
+    parts = {"libraries": LIBRARY} | ({"weights, at rest": float(width * weights)} if lora.on else {})
     parts |= {
-        "fp32 weights": 4.0 * learnt,
-        "compute copy": float(width * learnt) if width < 4 else 0.0,
+        "adapter in fp32" if lora.on else "fp32 weights": 4.0 * learnt,
+        "adapter, compute copy" if lora.on else "compute copy": float(width * learnt) if width < 4 else 0.0,
         "gradients": 4.0 * learnt,
         "AdamW moments": 8.0 * learnt,
-        "reference": float(width * weights) if needs_reference(recipe.method) and not recipe.lora.on else 0.0,
+        "reference": float(width * weights) if needs_reference(recipe.method) and not lora.on else 0.0,
     }
     rows = prompt + recipe.max_tokens
     per_row = sum(2 * block.mixer.kv_heads * block.mixer.head_dim for block in config.blocks) * width
     parts["key-value cache"] = float(_slots(recipe) * rows * per_row)
-    parts["learner's logits"] = head_bytes(config, width, learnt=not recipe.lora.on)
-    parts["activations"] = float(recipe.tokens_per_micro_batch * activation_bytes(config, width, recipe.lora))
-    if recipe.lora.on and keeps_blocks("cpu", compute_dtype(recipe.dtype)):  # else they are fewer than the gradients
+    parts["learner's logits"] = head_bytes(config, width, learnt=not lora.on)
+    parts["activations"] = float(recipe.tokens_per_micro_batch * activation_bytes(config, width, lora))
+    if lora.on and keeps_blocks("cpu", compute_dtype(recipe.dtype)):  # else they are fewer than the gradients
         learner = parts["learner's logits"] + parts["activations"]
         parts["sampler beyond learner"] = max(0.0, float(width * weights) - learner)
     return parts
