@@ -23,7 +23,7 @@ from rung.core.records import Layout
 from rung.core.shapes import Tensor
 from rung.lm.weights.families import FAMILIES
 from rung.lm.weights.files import COMPANIONS, INDEX, read_files, read_json, read_shards, tensors
-from rung.lm.weights.hf import Export, Folder
+from rung.lm.weights.hf import Change, Export, Folder, unchanged
 from rung.lm.wrapper import ForeignDecoder, Rows
 
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")  # names of a constant before or after the head
@@ -35,12 +35,18 @@ LOUD = 30.0  # standard deviation of the logits that the head is tried with: a s
 
 
 def load_foreign(
-    path: Path, *, dtype: torch.dtype, device: torch.device | str = "cpu", listener: Listener = silent
+    path: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    listener: Listener = silent,
+    change: Change = unchanged,
 ) -> tuple[ForeignDecoder, Folder, Export]:
     """A decoder, what else its folder held, and the way from its parameters to the tensors of its files.
 
-    Says by one notice that it is slower.  Raises ModelError where the extra is missing, for a folder that is no plain
-    causal language model, and for a model whose tokens or logits are not what they must be.
+    change: applied to every tensor as the file has it.  Says by one notice that it is slower.  Raises ModelError where
+    the extra is missing, for a folder that is no plain causal language model, and for a model whose tokens or logits
+    are not what they must be.
     """
     raw = read_json(path / "config.json")
     kind = _architecture(raw, path)
@@ -49,7 +55,7 @@ def load_foreign(
     total = sum(len(shard.entries) for shard in shards)
     for shard in shards:
         for name, value in tensors(path / shard.file, [entry.name for entry in shard.entries]):
-            values[name] = value
+            values[name] = change(name, value)
             listener(Progress(stage="load", done=len(values), total=total))
     with _quiet(), _their_errors(path):
         model, told = kind.model.from_pretrained(

@@ -1,8 +1,10 @@
 """What is tried before a run has a folder: that its task has every problem it will ask, and that they fit the model."""
 
-from rung.core.errors import TaskError
+from rung.core.errors import ModelError, TaskError
 from rung.core.progress import Listener, silent
-from rung.model.model import outline
+from rung.lm.adapters.peft import is_adapter
+from rung.lm.weights.sources import locate
+from rung.model.model import Model, outline
 from rung.tasks.base import Split, Task, problems
 from rung.tasks.load import RewardTask
 from rung.train.config import GroupRL
@@ -13,7 +15,7 @@ LOOKED_AT = 64  # problems of a part, where the task makes them; a list is read 
 
 def check_problems(recipe: GroupRL, task: Task, listener: Listener = silent) -> None:
     """Raises TaskError for an empty part that the run will ask, and for a problem that is too long for the model."""
-    model = outline(recipe.model, foreign=recipe.foreign, listener=listener)
+    model = weightless(recipe, listener)
     parts: list[Split] = ["train", "held_out"]
     if 0 < recipe.eval_every < recipe.num_steps:
         parts.append("validation")
@@ -28,3 +30,14 @@ def check_problems(recipe: GroupRL, task: Task, listener: Listener = silent) -> 
             ) from error
         for problem in found:
             prompt_of(model, problem, recipe.max_tokens)
+
+
+def weightless(recipe: GroupRL, listener: Listener = silent) -> Model:
+    """The recipe's model as far as its shape and its tokenizer go; no tensor of it is read."""
+    path = locate(recipe.model, listener)
+    if is_adapter(path):
+        raise ModelError(
+            f"{path} is an adapter: a run starts from a whole model, so that its reference is what it starts from. "
+            'Write it first: rung.load(adapter, dtype="fp32").save(folder).'
+        )
+    return outline(recipe.model, foreign=recipe.foreign, listener=listener)

@@ -34,11 +34,9 @@ def test_long_prompts_need_a_longer_cache_and_more_time(folder, tmp_path):
     tasks = [load_task(recipe.task.name, {}) for recipe in (short, long)]
     lengths = [max(estimates.prompt_lengths(model, [t.problem(i) for i in range(40)])) for t in tasks]
     assert lengths[1] == lengths[0] + 9 * len("say a ")
-    caches = [estimates.memory(short, model.decoder.footprint(), n)["key-value cache"] for n in lengths]
+    caches = [estimates.memory(short, model, n)["key-value cache"] for n in lengths]
     assert caches[1] / caches[0] == (lengths[1] + 5) / (lengths[0] + 5)
-    assert math.isclose(
-        sum(estimates.memory(long, model.decoder.footprint(), lengths[1]).values()), rung.estimate(long).bytes
-    )
+    assert math.isclose(sum(estimates.memory(long, model, lengths[1]).values()), rung.estimate(long).bytes)
 
 
 BASE = tiny_decoder().config

@@ -3,15 +3,19 @@
 import math
 from dataclasses import replace
 
+import peft
 import pytest
 import torch
 from foreign_models import foreign_folder
 from train.tiny import made_samples, stop_after, tiny_recipe, weights_of
+from transformers import AutoModelForCausalLM
 
 import rung
-from rung.core.errors import TaskError
+from rung.core.errors import ConfigError, TaskError
 from rung.core.rundir import open_run
 from rung.core.words import Message
+from rung.lm.adapters.lora import Adapter
+from rung.lm.adapters.spec import LoRA
 from rung.model import load
 from rung.model.generate import stream
 from rung.objectives.reduce import total_loss
@@ -38,7 +42,7 @@ def likely(sample):
     return replace(sample, streams=sample.streams | lower)
 
 
-def loss_and_gradients(model, method, *, share_prompts, tokens_per_batch=10**6):
+def loss_and_gradients(model, method, *, share_prompts, tokens_per_batch=10**6, learnt=True):
     """Gradients by the names that tensors have in the folder, so that q, k and v are apart."""
     policy, objective = LanguagePolicy(model.decoder, temperature=0.7), build_objective(method)
     samples, total = [likely(sample) for sample in made_samples(dtype=torch.float32)], 0.0
@@ -46,7 +50,7 @@ def loss_and_gradients(model, method, *, share_prompts, tokens_per_batch=10**6):
         loss, _ = total_loss(objective(policy, batch))
         loss.backward()
         total += loss.item()
-    return total, model.export({name: p.grad for name, p in model.decoder.named_parameters()})
+    return total, model.export({name: p.grad for name, p in model.decoder.named_parameters()}) if learnt else {}
 
 
 def assert_equal(found, wanted, tolerance=1e-5):
@@ -114,6 +118,49 @@ def test_every_method_moves_a_foreign_model_towards_the_reward(gpt2, tmp_path, n
     run = rung.train(tiny_recipe(gpt2, method=METHODS[name], **changes), folder=tmp_path / "run")
     rewards = [r["reward"] for r in open_run(run.folder).read("metrics") if r["kind"] == "train"]
     assert rewards[-1] > rewards[0] + 0.1, rewards
+
+
+def test_an_adapter_gets_equal_gradients_on_both_llamas(llama):
+    spec, method = LoRA(rank=3), METHODS["grpo"]
+    found = []
+    for way in (False, True):
+        model = load(llama, dtype="fp32", foreign=way)
+        adapter = Adapter(model.decoder, model.sites, spec, seed=1)
+        for name, parameter in adapter.parameters.items():
+            if name.endswith("lora_B"):
+                parameter.data.fill_(0.1)  # at zero, A has no gradient
+        loss, _ = loss_and_gradients(model, method, share_prompts=not way, learnt=False)
+        factors = adapter.factors({name: p.grad for name, p in adapter.parameters.items()})
+        found.append((loss, {f"{name} {i}": g for name, pair in factors.pairs.items() for i, g in enumerate(pair)}))
+    assert len(found[0][1]) == 2 * 7 * 2
+    assert_equal(*found)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft asks for it
+def test_an_adapter_on_a_foreign_model_learns_resumes_and_is_read_by_peft(tmp_path):
+    folder = foreign_folder(tmp_path / "model", "gpt_neox")
+    recipe = tiny_recipe(folder, method=METHODS["grpo"], lora=LoRA(rank=3), optim=Optim(lr=3e-2), num_steps=3)
+    whole = rung.train(recipe, folder=tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        rung.train(recipe, folder=tmp_path / "run", listener=stop_after(2))
+    run = rung.resume(tmp_path / "run")
+    assert weights_of(run.folder) == weights_of(whole.folder)
+    merged, adapted = (load(run.folder / name, dtype="fp32") for name in ("model", "adapter"))
+    tokens_BT = torch.arange(12).reshape(2, 6)
+    before = load(folder, dtype="fp32").logits(tokens_BT)
+    assert (merged.logits(tokens_BT) - before).abs().max() > 0.01
+    torch.testing.assert_close(adapted.logits(tokens_BT), merged.logits(tokens_BT), atol=1e-5, rtol=1e-5)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        logits_BTV = peft.PeftModel.from_pretrained(theirs, run.folder / "adapter").eval()(tokens_BT).logits
+    torch.testing.assert_close(merged.logits(tokens_BT), logits_BTV, atol=1e-5, rtol=1e-5)
+
+
+def test_an_adapter_that_no_layer_can_take_is_refused_before_the_run(gpt2, tmp_path):
+    """GPT-2's layers are transposed matrices of transformers' own."""
+    with pytest.raises(ConfigError, match="no linear layer that LoRA could stand beside"):
+        rung.train(tiny_recipe(gpt2, lora=LoRA(rank=3)), folder=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_in_bf16_keeps_masters_and_follows_them(gpt2, tmp_path):

@@ -102,7 +102,7 @@ def read_shards(folder: Path) -> tuple[Shard, ...]:
         raise ModelError(
             f"{folder / INDEX} names {missing or 'no file'}, which the folder lacks. Copy it again in full."
         )
-    return tuple(_read_header(folder / name) for name in names)
+    return tuple(read_header(folder / name) for name in names)
 
 
 def tensors(path: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
@@ -128,7 +128,8 @@ def read_files(folder: Path, names: Sequence[str]) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
 
 
-def _read_header(path: Path) -> Shard:
+def read_header(path: Path) -> Shard:
+    """What one safetensors file holds."""
     with _opened(path) as file:
         names = file.offset_keys()
         slices = [(name, file.get_slice(name)) for name in names]
