@@ -132,7 +132,8 @@ class ForeignDecoder(nn.Module):
         )
 
     def footprint(self) -> Footprint:
-        """Counted by config and shapes.  Activations: what goes into and out of every matrix."""
+        """Counted by config and shapes.  Activations: what goes into and out of every matrix, and half as much for what
+        stands between them (too little where attention is not fused, and for recurrent models)."""
         config = self.model.config.get_text_config(decoder=True)
         heads = getattr(config, "num_attention_heads", None) or 0
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -144,7 +145,7 @@ class ForeignDecoder(nn.Module):
         return Footprint(
             parameters=sum(p.numel() for p in self.parameters()),
             cached=2 * 2 * config.num_hidden_layers * kv_heads * head_dim,  # they are handed over as a copy
-            activations=sum(sum(p.shape[-2:]) * (experts if p.ndim > 2 else 1) for p in matrices),
+            activations=3 * sum(sum(p.shape[-2:]) * (experts if p.ndim > 2 else 1) for p in matrices) // 2,
             vocab_size=head.shape[0],
             width=head.shape[1],
         )

@@ -20,6 +20,7 @@ from rung.model import load
 from rung.model.generate import stream
 from rung.objectives.reduce import total_loss
 from rung.report import page
+from rung.train import grpo
 from rung.train.config import METHODS, Method, Optim
 from rung.train.data import count, pack
 from rung.train.methods import build_objective
@@ -178,6 +179,16 @@ def test_a_recipe_can_ask_for_transformers_although_the_family_is_ours(llama, tm
     assert sum("runs through transformers" in news.text for news in heard) == 1
     assert open_run(run.folder).config(type(recipe)).foreign
     assert rung.estimate(recipe).bytes > 0
+
+
+def test_prompts_are_shared_in_the_learner_only_where_that_saves_work(llama, tmp_path, monkeypatch):
+    """So that tokens_per_micro_batch are the tokens that are really computed."""
+    asked, pack_one = [], grpo.pack_one
+    monkeypatch.setattr(grpo, "pack_one", lambda *a, **k: asked.append(k["share_prompts"]) or pack_one(*a, **k))
+    for way in (True, False):
+        recipe = tiny_recipe(llama, foreign=way, num_steps=1, eval_every=0)
+        rung.train(recipe, folder=tmp_path / str(way))
+    assert asked == [False, True]
 
 
 def test_a_problem_too_long_for_a_foreign_model_is_refused_before_the_run(gpt2, tmp_path):
