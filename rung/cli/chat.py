@@ -16,7 +16,7 @@ COMMAND = "rung chat"
 class Chat:
     """Talk with a model: one line is one turn; an empty line, Ctrl-D or Ctrl-C ends.
 
-    model: a name (`rung models`), a Hugging Face folder or a .gguf file
+    model: a name (`rung models`), a Hugging Face folder, a .gguf file, or an id of the Hub (org/name)
     system: what the model is told before the first turn
     max_tokens: most tokens of an answer
     temperature: 0 always takes the likeliest token

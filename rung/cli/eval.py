@@ -19,7 +19,7 @@ WORD_KINDS = (int, float, str, bool)
 class Eval:
     """Measure the share of a task's problems that a model solves, with its 95 % Wilson interval.
 
-    model: a name (`rung models`), a Hugging Face folder or a .gguf file
+    model: a name (`rung models`), a Hugging Face folder, a .gguf file, or an id of the Hub (org/name)
     task: a built-in name, module:name or file.py:name
     problems: how many are asked
     split: train, validation or held_out

@@ -15,7 +15,7 @@ COMMAND = "rung generate"
 class Generate:
     """Answer prompts; the texts alone go to stdout, in the order of the prompts, each ended by a line break.
 
-    model: a name (`rung models`), a Hugging Face folder or a .gguf file
+    model: a name (`rung models`), a Hugging Face folder, a .gguf file, or an id of the Hub (org/name)
     prompt: what a user says to the model; - reads it from stdin
     raw: the prompt is not said to the model but continued by it
     max_tokens: most tokens of an answer

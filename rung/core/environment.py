@@ -1,4 +1,8 @@
-"""What a run ran on: a resumed run repeats itself bit for bit only where these are equal."""
+"""What a run ran on: a resumed run repeats itself bit for bit only where these are equal.
+
+A run folder is shown to others.  So this is a list of what goes in, and not of what stays out: versions, and what the
+machine computes with.  No environment variable, no name of a user or a host, no path, no address.
+"""
 
 import hashlib
 import platform
@@ -12,11 +16,12 @@ from rung.core.rng import NOISE_LAW
 
 # Beside torch, tokens depend on what compiles our kernels, and on what makes ids of a conversation.
 LIBRARIES = ("numba", "llvmlite", "tokenizers", "jinja2")
+MAX_FACT = 200  # characters of a fact: a name or a version is short
 
 
 def environment() -> dict[str, Any]:
-    """Names and numbers of this machine and process, as they go into `environment.json`."""
-    return {
+    """Names and numbers of this machine and process, as they go into `environment.json`: exactly these."""
+    facts = {
         "rung": __version__,
         "noise_law": NOISE_LAW,
         "python": platform.python_version(),
@@ -29,6 +34,7 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
     }
+    return {name: value[:MAX_FACT] if isinstance(value, str) else value for name, value in facts.items()}
 
 
 def _cpu_model() -> str:

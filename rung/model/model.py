@@ -89,8 +89,8 @@ def load(
     foreign: bool = False,
     listener: Listener = silent,
 ) -> Model:
-    """A model by packaged name (`rung models` lists them), Hugging Face folder or .gguf file; or a PEFT folder with a
-    LoRA adapter, merged into the model it belongs to.
+    """A model by packaged name (`rung models` lists them), folder, .gguf file, or id of the Hub (`org/name@revision`);
+    or a PEFT folder with a LoRA adapter, merged into the model it belongs to.
 
     dtype: auto is bf16 where the machine multiplies it fast, else fp32; base: the adapter's model, where what it calls
     it means nothing here; foreign: through transformers although Rung has the family (other families go that way

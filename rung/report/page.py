@@ -1,9 +1,12 @@
 """The report of a run: one HTML file without script and without network, made from the run folder alone.
 
-`page.html` is the template.  Every text that it inserts is escaped by Jinja and has its control characters made
-visible, so that nothing a model wrote can become part of the page.
+`page.html` is the template, `page.css` its style.  Every text that it inserts is escaped by Jinja and has its control
+characters made visible, so that nothing a model wrote can become part of the page.  Should something slip through all
+the same, the page's own policy lets a browser load and run nothing but that style, known by its hash.
 """
 
+import base64
+import hashlib
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -94,10 +97,18 @@ def write(run_folder: str | Path) -> Path:
 def render(record: Record) -> str:
     """The page of a run as HTML."""
     import jinja2
+    from markupsafe import Markup
 
     surroundings = jinja2.Environment(autoescape=True, finalize=_finalize, undefined=jinja2.StrictUndefined)
     template = surroundings.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
-    return template.render(_view(record))
+    style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+    return template.render(_view(record), style=Markup(style), policy=policy(style))
+
+
+def policy(style: str) -> str:
+    """The Content-Security-Policy of a page with this one style: no script, no image, no font, no form, no frame."""
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    return f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
 
 
 def headline(record: Record) -> str:

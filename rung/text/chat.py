@@ -1,4 +1,4 @@
-"""Conversations to token ids through the model's own chat template (Jinja, sandboxed).
+"""Conversations to token ids through the model's own chat template (Jinja, in a child process with limits).
 
 A template writes control tokens around what people say.  What people say is only text: `<|im_end|>` inside a message
 must stay letters, or whoever writes a message can close it and speak as the system.  So every place where a message
@@ -7,16 +7,28 @@ found, and the stretches between them are encoded as plain text without the mark
 """
 
 import json
+import os
 import re
+import select
+import subprocess
+import sys
+import threading
+import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from rung.core.errors import ModelError
 from rung.core.words import Message
 from rung.text.pretrained import Tokenizer
+from rung.text.renderer import CPU_SECONDS, MAX_TEXT, MEMORY_BYTES
 
 MARKS = range(0xE000, 0xF8FF)  # Unicode's private use area: one that no message holds is taken
+MAX_TEMPLATE = 1 << 20  # characters; the longest that is known has 30 000
+MAX_ANSWER = 12 * MAX_TEXT + 64  # bytes of a line: JSON writes a character in 12 at most
+WALL_SECONDS = 60.0  # on a machine that is busy with other things
 
 
 def prompt_ids(
@@ -27,7 +39,10 @@ def prompt_ids(
     What stands before the first message without a system message is the template's business (SmolLM2 adds its own).
     Raises ModelError when the model has no template, or the template refuses the messages.
     """
-    mark = next(chr(code) for code in MARKS if not any(chr(code) in message.content for message in messages))
+    used = {char for message in messages for char in message.content}
+    mark = next((chr(code) for code in MARKS if chr(code) not in used), None)
+    if mark is None:
+        raise ModelError("the messages hold every character of Unicode's private use area; one has to be left.")
     broken = [_broken(message.content, tokenizer.special, mark) for message in messages]
     turns = [{"role": m.role, "content": text} for m, text in zip(messages, broken, strict=True)]
     text = render(tokenizer, turns, add_generation_prompt=add_generation_prompt)
@@ -45,44 +60,87 @@ def render(tokenizer: Tokenizer, turns: Sequence[Mapping[str, str]], *, add_gene
 
     `strftime_now` is not offered, so that a prompt does not change with the date: templates then write a fixed one.
     """
-    import jinja2
-
     if tokenizer.template is None:
         raise ModelError("the model has no chat template: give a plain text prompt, or a model trained to converse.")
-    try:
-        return _compiled(tokenizer.template).render(
-            messages=list(turns), add_generation_prompt=add_generation_prompt, **tokenizer.names
-        )
-    except jinja2.TemplateError as error:
-        raise ModelError(f"the chat template refused the messages: {error}") from error
+    values = {"messages": list(turns), "add_generation_prompt": add_generation_prompt, **tokenizer.names}
+    return _renderer().render(tokenizer.template, values)
 
 
-@lru_cache(maxsize=8)
-def _compiled(template: str) -> Any:
-    """Compiled with the switches, filters and functions that published templates are written for  [transformers]."""
-    import jinja2
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+class Renderer:
+    """A child that renders templates (`renderer.py`), started when it is needed and again when it has died."""
 
-    class Generation(Extension):
-        """{% generation %} … {% endgeneration %} marks answers for training; its content is all that matters here."""
+    def __init__(self, *, cpu_seconds: int = CPU_SECONDS) -> None:
+        self._cpu_seconds = cpu_seconds
+        self._lock, self._owner = threading.Lock(), 0
+        self._child: subprocess.Popen[bytes] | None = None
+        self._end: weakref.finalize | None = None
 
-        tags = {"generation"}  # noqa: RUF012
+    def render(self, template: str, values: Mapping[str, Any]) -> str:
+        """Raises ModelError where the template refuses, fails, or needs more than the child may have."""
+        if len(template) > MAX_TEMPLATE:
+            raise ModelError(f"the chat template has {len(template)} characters; at most {MAX_TEMPLATE} are taken.")
+        with self._lock:
+            try:
+                answer = self._ask({"template": template, "values": dict(values)})
+            except BaseException:  # Ctrl-C, too: an answer that comes late would be taken for the next one's
+                self.close()
+                raise
+        if "text" not in answer:
+            raise ModelError(f"the chat template refused the messages: {answer['refused']}")
+        return answer["text"]
 
-        def parse(self, parser: Any) -> Any:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def close(self) -> None:
+        """End the child."""
+        if self._end is not None:
+            self._end()
+        self._child = self._end = None
 
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
+    def _ask(self, request: Mapping[str, Any]) -> dict[str, str]:
+        child = self._living()
+        try:
+            child.stdin.write(json.dumps(request).encode() + b"\n")
+            child.stdin.flush()
+            ready, _, _ = select.select([child.stdout], [], [], WALL_SECONDS)
+            line = child.stdout.readline(MAX_ANSWER) if ready else b""
+        except BrokenPipeError:
+            line = b""
+        if not line.endswith(b"\n"):
+            needed = f"it needed more than {self._cpu_seconds} s or {MEMORY_BYTES >> 20} MB, or crashed"
+            raise ModelError(
+                f"the chat template refused the messages: {needed}. Put another chat_template.jinja into its "
+                "folder, or give plain text prompts."
+            )
+        return json.loads(line)
 
-    def tojson(value: Any, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=False, **options)
+    def _living(self) -> Any:
+        if self._child is None or self._owner != os.getpid():  # a fork of this process shares no pipe with it
+            path = os.pathsep.join(entry for entry in sys.path if entry)
+            child = subprocess.Popen(
+                [sys.executable, "-P", "-s", str(Path(__file__).with_name("renderer.py")), str(self._cpu_seconds)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env={"PYTHONPATH": path, "PYTHONUTF8": "1"},
+                start_new_session=True,  # Ctrl-C is the parent's
+            )
+            self._owner, self._child = os.getpid(), child
+            self._end = weakref.finalize(self, _end, child, self._owner)
+        return self._child
 
-    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
-    env.filters["tojson"] = tojson
-    env.globals["raise_exception"] = refuse
-    return env.from_string(template)
+
+@lru_cache(maxsize=1)
+def _renderer() -> Renderer:
+    return Renderer()
+
+
+def _end(child: subprocess.Popen, owner: int) -> None:
+    if owner == os.getpid():
+        child.kill()
+        child.wait()
+    for pipe in (child.stdin, child.stdout):
+        with suppress(OSError):  # what was still to be written
+            assert pipe is not None
+            pipe.close()
 
 
 def _broken(content: str, special: Mapping[str, int], mark: str) -> str:

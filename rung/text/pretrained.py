@@ -42,17 +42,28 @@ class Tokenizer:
             )
         import tokenizers
 
+        settings, generation = (
+            _json(files, name, where) for name in ("tokenizer_config.json", "generation_config.json")
+        )
+        names = {key: _content(value) for key, value in settings.items() if key.endswith("_token") and _content(value)}
         try:
             made = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
-        except Exception as error:  # the library raises bare Exceptions
-            raise ModelError(f"{where}: tokenizer.json cannot be read ({error}).") from error
-        settings = _json(files, "tokenizer_config.json", where)
-        names = {key: _content(value) for key, value in settings.items() if key.endswith("_token") and _content(value)}
-        ends = [config.get("eos_token_id"), _json(files, "generation_config.json", where).get("eos_token_id")]
-        ends.append(made.token_to_id(names["eos_token"]) if "eos_token" in names else None)
-        flat = [i for end in ends for i in (end if isinstance(end, list) else [end]) if i is not None]
-        template = files["chat_template.jinja"].decode() if "chat_template.jinja" in files else _template(settings)
-        return Tokenizer(made, eos_ids=tuple(dict.fromkeys(flat)), names=names, template=template)
+            last = made.token_to_id(names["eos_token"]) if "eos_token" in names else None
+            ends = [config.get("eos_token_id"), generation.get("eos_token_id"), last]
+            flat = [i for end in ends for i in (end if isinstance(end, list) else [end]) if i is not None]
+            if not all(type(i) is int and i >= 0 for i in flat):
+                raise ValueError(f"tokens that end an answer are {flat}")
+            if "chat_template.jinja" in files:
+                template: str | None = files["chat_template.jinja"].decode()
+            else:
+                template = _template(settings)
+            return Tokenizer(made, eos_ids=tuple(dict.fromkeys(flat)), names=names, template=template)
+        except BaseException as error:  # the library raises bare Exceptions, and panics that are not even those
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
+            raise ModelError(
+                f"{where}: the tokenizer's files cannot be used ({type(error).__name__}: {error})."
+            ) from error
 
     def __len__(self) -> int:
         return self._plain.get_vocab_size()
@@ -130,14 +141,18 @@ def stop_matcher(tokenizer: Tokenizer, stops: Sequence[str]) -> Callable[[], Cal
 
 def _json(files: Mapping[str, bytes], name: str, where: str) -> dict[str, Any]:
     try:
-        return json.loads(files.get(name, b"{}"))
-    except ValueError as error:
+        found = json.loads(files.get(name, b"{}"))
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{where}: {name} is not JSON ({error}).") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{where}: {name} needed a JSON object, found {type(found).__name__}.")
+    return found
 
 
 def _content(value: Any) -> str:
     """A special token is written as its text, or as an object that holds it."""
-    return value if isinstance(value, str) else (value or {}).get("content", "")
+    held = value.get("content") if isinstance(value, dict) else value
+    return held if isinstance(held, str) else ""
 
 
 def _template(settings: Mapping[str, Any]) -> str | None:
@@ -145,4 +160,6 @@ def _template(settings: Mapping[str, Any]) -> str | None:
     given = settings.get("chat_template")
     if isinstance(given, list):
         given = {entry["name"]: entry["template"] for entry in given}.get("default")
+    if not isinstance(given, str | None):
+        raise TypeError("the chat template is no text")
     return given

@@ -64,7 +64,9 @@ def train(
     Raises ConfigError, TaskError, ModelError before anything is made, RunError where the folder is taken.
     """
     recipe = replace(
-        recipe, model=absolute_source(recipe.model), task=replace(recipe.task, name=absolute(recipe.task.name))
+        recipe,
+        model=absolute_source(recipe.model, listener),
+        task=replace(recipe.task, name=absolute(recipe.task.name)),
     )
     check_recipe(recipe)
     folder = Path(folder or Path("runs") / recipe.name)

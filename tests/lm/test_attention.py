@@ -158,6 +158,15 @@ def test_a_window_leaves_no_key_in_a_piece_that_none_of_its_queries_sees(window,
         assert kept == keys[len(keys) - len(kept) :]
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_every_row_of_a_tile_sees_a_key_padding_too(seed):
+    rng = np.random.default_rng(seed)
+    for window in (1, 2, 5, 30):
+        for tile in tiles(pieces(random_packed_layout(rng), window), heads=3):
+            query_BC, key_BN, visible_B = packed._rows(tile, padding=99)
+            assert packed._seen(visible_B, query_BC.shape[1], key_BN.shape[1], window).any(-1).all()
+
+
 def test_each_kind_of_layout_takes_its_own_plan():
     decoder = tiny_decoder()
     spec, weight = spec_of(decoder), decoder.embedding.weight

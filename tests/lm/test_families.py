@@ -217,7 +217,9 @@ REFUSED = {
     ),
     "qwen3: a partial rotation": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
     "smollm3: too few layers": ({"no_rope_layers": [1, 0]}, "no_rope_layers names 2 layers of 8"),
-    "olmo2: no layers": ({"num_hidden_layers": 0}, "num_hidden_layers must be at least 1; got 0"),
+    "olmo2: no layers": ({"num_hidden_layers": 0}, "num_hidden_layers must be a number from 1 to 1024; got 0"),
+    "gemma2: more layers than can be": ({"num_hidden_layers": 10**12}, "from 1 to 1024; got 1000000000000"),
+    "llama: layers in words": ({"num_hidden_layers": "8"}, "from 1 to 1024; got '8'"),
     "olmo2: RoPE that is no table": ({"rope_parameters": "yarn"}, "rope_parameters must be an object; got 'yarn'"),
 }
 

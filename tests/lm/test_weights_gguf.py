@@ -7,6 +7,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from gguf_twin import WORDS, gguf_name, llama_cpp_permute
 from safetensors.torch import load_file
 
 from rung.core.errors import ModelError
@@ -14,19 +15,12 @@ from rung.lm.weights import sources
 from rung.text.pretrained import Tokenizer
 
 WIDTH, HEADS, KV, HEAD_DIM, FFN = 32, 4, 2, 8, 64  # blocks hold 32 numbers of a row
-WORDS = ["<|endoftext|>", "<|end|>", *"abcd12345 ", "Ġ", "ab", "12", "<think>", "Ċ"]
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("RUNG_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
-
-
-def llama_cpp_permute(weights, heads):
-    """llama.cpp's own formula, from Hugging Face's order to GGUF's (convert_hf_to_gguf.py, LlamaModel.permute)."""
-    rows = weights.shape[0]
-    return weights.reshape(heads, 2, rows // heads // 2, *weights.shape[1:]).swapaxes(1, 2).reshape(weights.shape)
 
 
 def their_tensors(tied=True) -> dict[str, np.ndarray]:
@@ -42,16 +36,6 @@ def their_tensors(tied=True) -> dict[str, np.ndarray]:
         shapes[block + "mlp.down_proj.weight"] = (WIDTH, FFN)
     shapes |= {} if tied else {"lm_head.weight": (len(WORDS), WIDTH)}
     return {name: draw.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-
-
-def gguf_name(name: str) -> str:
-    for theirs, ours in {
-        "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output", "model.layers": "blk",
-        "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.o_proj": "attn_output",
-        "self_attn.": "attn_", "mlp.": "ffn_", "_proj": "",
-    }.items():  # fmt: skip
-        name = name.replace(theirs, ours)
-    return name
 
 
 def q4_1(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -188,8 +172,8 @@ def test_bytes_that_are_no_gguf_are_named(tmp_path):
 
 
 BROKEN = {
-    "architecture": ({"general.architecture": "gemma"}, "architecture 'llama', found 'gemma'"),
-    "vocabulary": ({"tokenizer.ggml.model": "llama"}, "needed a byte-level BPE vocabulary"),
+    "architecture": ({"general.architecture": "gemma"}, "architecture llama, qwen2, qwen3, found 'gemma'"),
+    "vocabulary": ({"tokenizer.ggml.model": "t5"}, "needed a vocabulary of kind 'gpt2' or 'llama', found 't5'"),
     "pre-tokenizer": ({"tokenizer.ggml.pre": "smolm"}, r"unknown pre-tokenizer 'smolm'\. Did you mean 'smollm'"),
     "merges": ({"merges": ["a z"]}, "vocabulary cannot be used"),
     "tensor": (

@@ -108,9 +108,3 @@ def test_what_a_template_refuses_is_said():
         prompt_ids(with_template("{% if %}"), [Message("user", "a")])
     with pytest.raises(ModelError, match=r"no chat template: give a plain text prompt"):
         prompt_ids(with_template(None), [Message("user", "a")])
-
-
-@pytest.mark.parametrize("escape", ["{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}"])
-def test_a_template_cannot_reach_out_of_its_sandbox(escape):
-    with pytest.raises(ModelError, match="refused"):
-        prompt_ids(with_template(escape), [Message("user", "a")])

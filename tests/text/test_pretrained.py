@@ -111,7 +111,7 @@ def test_ends_are_collected_from_all_three_files():
 def test_a_tokenizer_that_cannot_be_read_names_its_folder():
     with pytest.raises(ModelError, match=r"here has no tokenizer\.json"):
         Tokenizer.from_files({}, {}, where="here")
-    with pytest.raises(ModelError, match=r"here: tokenizer\.json cannot be read"):
+    with pytest.raises(ModelError, match=r"here: the tokenizer's files cannot be used"):
         Tokenizer.from_files({"tokenizer.json": b"{"}, {}, where="here")
     good = {"tokenizer.json": BYTES._plain.to_str().encode()}
     with pytest.raises(ModelError, match=r"here: tokenizer_config\.json is not JSON"):

@@ -164,12 +164,12 @@ def _rows(group: list[Piece], *, padding: int) -> tuple[np.ndarray, np.ndarray, 
 
 
 def _seen(visible_B: np.ndarray, queries: int, keys: int, window: int) -> np.ndarray:
-    """Which keys a query of a tile sees [B, C, N].  Padding sees something too: softmax over nothing is NaN."""
+    """Which keys a query of a tile sees [B, C, N]: at least one, padding too (softmax over nothing is NaN), because the
+    first query of a piece sees no more keys than the window has, and C <= N."""
     end_BC1 = (visible_B[:, None] + np.arange(queries))[..., None]
     seen_BCN = np.arange(keys) < end_BC1
     if window:
         seen_BCN &= np.arange(keys) >= end_BC1 - window
-        seen_BCN |= ~seen_BCN.any(-1, keepdims=True)
     return seen_BCN
 
 

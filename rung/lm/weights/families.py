@@ -14,25 +14,31 @@ from rung.lm.config import AttentionSpec, BlockSpec, DecoderConfig, MLPSpec, Rop
 Raw = dict[str, Any]  # of a config.json, completed
 SLIDING, FULL = "sliding_attention", "full_attention"  # kinds of layer in `layer_types`
 COMMON: Raw = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "rope_theta": 10_000.0}
-LEFT_OUT: Mapping[str, Raw] = {  # of a family where it differs, and of its own fields
-    "llama": {"max_position_embeddings": 2048, "num_key_value_heads": None},
-    "mistral": {"max_position_embeddings": 4096 * 32, "num_key_value_heads": 8, "sliding_window": 4096},
-    "qwen2": {"max_position_embeddings": 32_768, "num_key_value_heads": 32, "max_window_layers": 28}
-    | {"sliding_window": 4096},
-    "qwen3": {"max_position_embeddings": 32_768, "num_key_value_heads": 32, "max_window_layers": 28}
-    | {"sliding_window": 4096, "head_dim": 128},
-    "gemma2": {"max_position_embeddings": 8192, "num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096}
-    | {"query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
-    | {"tie_word_embeddings": True},
-    "gemma3_text": {"max_position_embeddings": 131_072, "num_key_value_heads": 4, "head_dim": 256}
-    | {"sliding_window": 4096, "query_pre_attn_scalar": 256, "tie_word_embeddings": True}
-    | {"rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0, "sliding_window_pattern": 6},
-    "phi3": {"max_position_embeddings": 4096, "num_key_value_heads": None, "original_max_position_embeddings": 4096}
-    | {"rms_norm_eps": 1e-5},
-    "olmo2": {"max_position_embeddings": 2048, "num_key_value_heads": None, "rms_norm_eps": 1e-5},
-    "smollm3": {"max_position_embeddings": 32_768, "num_key_value_heads": 4, "tie_word_embeddings": True}
-    | {"rope_theta": 2_000_000.0, "no_rope_layer_interval": 4},
+QWEN: Raw = {"num_key_value_heads": 32, "max_position_embeddings": 32_768}
+QWEN |= {"sliding_window": 4096, "max_window_layers": 28}
+GEMMA: Raw = {"num_key_value_heads": 4, "head_dim": 256, "query_pre_attn_scalar": 256}
+GEMMA |= {"sliding_window": 4096, "tie_word_embeddings": True}
+CAPS: Raw = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+TWO_ROPES: Raw = {"rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0, "sliding_window_pattern": 6}
+PHI: Raw = {"rms_norm_eps": 1e-5, "num_key_value_heads": None, "original_max_position_embeddings": 4096}
+SMOL: Raw = {"num_key_value_heads": 4, "rope_theta": 2_000_000.0, "no_rope_layer_interval": 4}
+LEFT_OUT: Mapping[str, Raw] = {  # of a family, where it differs from the common one
+    "llama": {"num_key_value_heads": None, "max_position_embeddings": 2048},
+    "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131_072, "sliding_window": 4096},
+    "qwen2": QWEN,
+    "qwen3": QWEN | {"head_dim": 128},
+    "gemma2": GEMMA | CAPS | {"max_position_embeddings": 8192},
+    "gemma3_text": GEMMA | TWO_ROPES | {"max_position_embeddings": 131_072},
+    "phi3": PHI | {"max_position_embeddings": 4096},
+    "olmo2": {"num_key_value_heads": None, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
+    "smollm3": SMOL | {"max_position_embeddings": 32_768, "tie_word_embeddings": True},
 }
+MOST_LAYERS = 1024  # several times the deepest published decoder; a broken file must not fill the memory
+MOST = 1 << 30  # of every other size, several times the largest
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("max_position_embeddings", "sliding_window"),
+)
 FIELDS: Mapping[str, tuple[str, ...]] = {  # of a RoPE scaling, with the same name here and there
     "linear": ("factor",),
     "dynamic": ("factor",),
@@ -46,10 +52,12 @@ def from_hugging_face(raw: Mapping[str, Any], *, where: str) -> DecoderConfig:
     """The decoder that a config.json describes; `where` names the file in errors."""
     kind = str(raw.get("model_type"))
     if kind not in FAMILIES:
-        raise ModelError(f"{where}: Rung has no model family {kind!r}. {nearest(kind, FAMILIES)}")
+        code = " Its folder asks for code of its own (auto_map), which Rung never runs." if raw.get("auto_map") else ""
+        raise ModelError(f"{where}: Rung has no model family {kind!r}. {nearest(kind, FAMILIES)}{code}")
     if raw.get("quantization_config"):
         raise ModelError(f"{where}: the weights are quantised; needed plain safetensors in fp32, fp16 or bf16.")
     try:
+        _sizes(raw)
         return FAMILIES[kind](COMMON | LEFT_OUT.get(kind, {}) | dict(raw))
     except KeyError as error:
         raise ModelError(f"{where} lacks the field {error}.") from error
@@ -97,15 +105,15 @@ def llama(raw: Raw) -> DecoderConfig:
     _only(raw, hidden_act="silu", pretraining_tp=1)
     bias = bool(raw.get("attention_bias"))
     mixer = replace(_attention(raw), bias=bias, out_bias=bias)
-    return _decoder(raw, [mixer] * raw["num_hidden_layers"], mlp_bias=bool(raw.get("mlp_bias")))
+    return _decoder(raw, [mixer] * _layers(raw), mlp_bias=bool(raw.get("mlp_bias")))
 
 
 def mistral(raw: Raw) -> DecoderConfig:
     """Mistral: a Llama without biases; every layer has the window, or none has."""
     _only(raw, hidden_act="silu", layer_types=None, attention_bias=False, mlp_bias=False)
     window = raw["sliding_window"]
-    windows = _windows(raw, [window is not None] * raw["num_hidden_layers"], window)
-    return _decoder(raw, [replace(_attention(raw), window=window) for window in windows])
+    mixer, windows = _attention(raw), _windows(raw, [window is not None] * _layers(raw), window)
+    return _decoder(raw, [replace(mixer, window=window) for window in windows])
 
 
 def qwen2(raw: Raw) -> DecoderConfig:
@@ -126,7 +134,7 @@ def qwen3(raw: Raw) -> DecoderConfig:
 def gemma2(raw: Raw) -> DecoderConfig:
     """Gemma 2: soft-caps, and a window in every other layer, beginning with the first."""
     mixer = replace(_gemma_attention(raw), softcap=float(raw["attn_logit_softcapping"] or 0.0))
-    layers = raw["num_hidden_layers"]
+    layers = _layers(raw)
     windows = _windows(raw, [layer % 2 == 0 for layer in range(layers)], raw["sliding_window"])
     return _gemma(raw, [replace(mixer, window=window) for window in windows])
 
@@ -136,7 +144,7 @@ def gemma3_text(raw: Raw) -> DecoderConfig:
     _only(raw, attn_logit_softcapping=None)  # transformers reads it and computes without
     plain = _gemma_attention(raw | {"rope_parameters": None, "rope_scaling": None})
     mixer = replace(plain, qk_norm="head", norm="offset", norm_eps=float(raw["rms_norm_eps"]))
-    layers, pattern = raw["num_hidden_layers"], raw["sliding_window_pattern"]
+    layers, pattern = _layers(raw), raw["sliding_window_pattern"]
     windows = _windows(raw, [(layer + 1) % pattern != 0 for layer in range(layers)], raw["sliding_window"])
     given = raw.get("rope_parameters") or {FULL: raw.get("rope_scaling")}
     if set(given) - {FULL, SLIDING}:
@@ -154,9 +162,11 @@ def phi3(raw: Raw) -> DecoderConfig:
     kind = given.get("rope_type") or given.get("type")
     if kind in ("su", "yarn"):  # as longrope was once called
         given["rope_type"] = "longrope"
-    mixer = _attention(raw | {"partial_rotary_factor": None, "rope_parameters": given}, float(fraction))
+    mixer = _attention(
+        raw | {"partial_rotary_factor": None, "rope_parameters": given, "rope_scaling": None}, float(fraction)
+    )
     window = raw.get("sliding_window")
-    windows = _windows(raw, [window is not None] * raw["num_hidden_layers"], window)
+    windows = _windows(raw, [window is not None] * _layers(raw), window)
     return _decoder(raw, [replace(mixer, window=window) for window in windows])
 
 
@@ -164,23 +174,17 @@ def olmo2(raw: Raw) -> DecoderConfig:
     """OLMo 2: norms behind mixer and channel, on what is added; q and k normed over all heads at once."""
     _only(raw, hidden_act="silu")
     bias = bool(raw.get("attention_bias"))
-    mixer = replace(
-        _attention(raw),
-        bias=bias,
-        out_bias=bias,
-        qk_norm="width",
-        norm="wide",
-        norm_eps=float(raw["rms_norm_eps"]),
-    )
-    return _decoder(raw, [mixer] * raw["num_hidden_layers"], norms="after", norm="wide")
+    plain = replace(_attention(raw), bias=bias, out_bias=bias)
+    mixer = replace(plain, qk_norm="width", norm="wide", norm_eps=float(raw["rms_norm_eps"]))
+    return _decoder(raw, [mixer] * _layers(raw), norms="after", norm="wide")
 
 
 def smollm3(raw: Raw) -> DecoderConfig:
     """SmolLM3: a Llama of which every fourth layer has no positions."""
     _only(raw, hidden_act="silu")
-    layers, bias = raw["num_hidden_layers"], bool(raw.get("attention_bias"))
+    layers, bias = _layers(raw), bool(raw.get("attention_bias"))
     interval = raw["no_rope_layer_interval"]
-    turns = raw.get("no_rope_layers") or [(layer + 1) % interval != 0 for layer in range(layers)]
+    turns = (raw.get("no_rope_layers") or [(layer + 1) % interval != 0 for layer in range(layers)])[:layers]
     if len(turns) < layers:
         raise ConfigError(f"no_rope_layers names {len(turns)} layers of {layers}.")
     window = raw.get("sliding_window") if raw.get("use_sliding_window") else None
@@ -188,7 +192,7 @@ def smollm3(raw: Raw) -> DecoderConfig:
     mixer = replace(_attention(raw), bias=bias, out_bias=bias)
     mixers = [
         replace(mixer, window=window, rope=mixer.rope if turn else None)
-        for window, turn in zip(windows, turns[:layers], strict=True)
+        for window, turn in zip(windows, turns, strict=True)
     ]
     return _decoder(raw, mixers, mlp_bias=bool(raw.get("mlp_bias")))
 
@@ -218,6 +222,13 @@ FAMILIES: Mapping[str, Callable[[Raw], DecoderConfig]] = {
 }
 
 
+def _layers(raw: Raw) -> int:
+    layers = raw["num_hidden_layers"]
+    if not isinstance(layers, int) or not 1 <= layers <= MOST_LAYERS:
+        raise ConfigError(f"num_hidden_layers must be a number from 1 to {MOST_LAYERS}; got {layers!r}")
+    return layers
+
+
 def _attention(raw: Raw, turned: float = 1.0) -> AttentionSpec:
     """What all families have: heads, their size, RoPE of that part of a head."""
     _only(raw, partial_rotary_factor=1.0)
@@ -236,8 +247,6 @@ def _decoder(
     raw: Raw, mixers: Sequence[AttentionSpec], *, mlp_bias: bool = False, activation: Any = "silu", **rest: Any
 ) -> DecoderConfig:
     """What all families have: a block for each mixer, an embedding and a head.  rest: of the blocks."""
-    if not mixers:
-        raise ConfigError(f"num_hidden_layers must be at least 1; got {raw['num_hidden_layers']}")
     eps = float(raw["rms_norm_eps"])
     channel = MLPSpec(width=raw["intermediate_size"], bias=mlp_bias, activation=activation)
     blocks = tuple(BlockSpec(mixer=mixer, channel=channel, norm_eps=eps, **rest) for mixer in mixers)
@@ -271,7 +280,7 @@ def _qwen_windows(raw: Raw) -> list[int]:
     """The last layers may have a window, if it is switched on."""
     window = raw["sliding_window"] if raw.get("use_sliding_window") else None
     below = raw["max_window_layers"]
-    return _windows(raw, [window is not None and n >= below for n in range(raw["num_hidden_layers"])], window)
+    return _windows(raw, [window is not None and n >= below for n in range(_layers(raw))], window)
 
 
 def _windows(raw: Raw, sliding: Sequence[bool], window: int | None) -> list[int]:
@@ -280,11 +289,11 @@ def _windows(raw: Raw, sliding: Sequence[bool], window: int | None) -> list[int]
     unknown = set(types) - {FULL, SLIDING}
     if unknown:
         raise ConfigError(f"layer_types has {sorted(unknown)}; Rung computes {FULL!r} and {SLIDING!r}.")
-    if len(types) < raw["num_hidden_layers"]:
+    if len(types) != _layers(raw):
         raise ConfigError(f"layer_types names {len(types)} layers of {raw['num_hidden_layers']}.")
     if SLIDING in types and not window:
         raise ConfigError(f"there are layers with {SLIDING!r}, and sliding_window is {window!r} or switched off.")
-    return [(window or 0) if kind == SLIDING else 0 for kind in types[: raw["num_hidden_layers"]]]
+    return [(window or 0) if kind == SLIDING else 0 for kind in types]
 
 
 def _scaling(raw: Raw) -> Raw:
@@ -313,6 +322,14 @@ def _rope(raw: Raw, given: Raw) -> RopeSpec:
     kept = {name: float(v) if type(v) is int else v for name, v in kept.items()}
     kept.setdefault("factor", longest / original)
     return RopeSpec(theta=theta, scaling=cast(Any, kind), original_positions=original, **kept)
+
+
+def _sizes(raw: Mapping[str, Any]) -> None:
+    """Refuse what is no size of a model before anything is made as large or as often as it says."""
+    for name in SIZES:
+        value = raw.get(name)
+        if value is not None and (type(value) is not int or not 0 < value <= MOST):
+            raise ConfigError(f"{name} is {value!r}; needed a whole number from 1 to {MOST}.")
 
 
 def _only(raw: Raw, **values: Any) -> None:

