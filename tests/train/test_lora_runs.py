@@ -1,10 +1,12 @@
 """Runs whose weights rest and whose adapter learns: what they learn, hold, save and resume, and what is refused."""
 
+import re
 import shutil
 import subprocess
 import warnings
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +28,7 @@ from rung.train import session as sessions
 from rung.train.config import METHODS, GroupRL, Method, Optim
 from rung.train.grpo import train_step
 
+GUIDE = Path(__file__).parents[2] / "docs" / "guide" / "lora.md"
 LORA = LoRA(rank=4, alpha=8.0)
 KL = Method(advantage="mean", kl="k3_loss", kl_coef=0.5)
 
@@ -299,3 +302,20 @@ def test_the_command_line_trains_an_adapter_and_uses_what_it_wrote(loud, tmp_pat
     assert len(texts) == 1
     assert main([*words.replace("--lora.rank 2", "--lora.rank -2").split(), *small.split()]) == 2
     assert "lora.rank must be at least 1" in capsys.readouterr().err
+
+
+def test_the_code_of_the_guide_page_runs(loud, tmp_path, monkeypatch, capsys):
+    """On the tiny model, and two steps: its recipe asks for the packaged one, and for many."""
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+    whole = rung.recipes.arithmetic
+    quick = {"model": str(loud), "num_steps": 2, "prompts_per_step": 2, "eval_problems": 2, "eval_every": 0}
+    monkeypatch.setattr(rung.recipes, "arithmetic", lambda **options: replace(whole(**options), dtype="fp32", **quick))
+    names: dict = {}
+    for block in blocks:
+        exec(block, names)
+    assert len(blocks) == 2
+    tokens = torch.tensor([[1, 2, 3]])
+    assert torch.equal(names["merged"].logits(tokens), names["same"].logits(tokens))
+    assert capsys.readouterr().out == f"{2 * 4 * (24 + 24 + 24 + 8)} parameters learn\n"
+    assert {p.name for p in (tmp_path / "runs").iterdir()} == {"adapted", "merged", "untrained"}
