@@ -1,25 +1,32 @@
-"""Peak resident memory of a whole GRPO step (16 x 8 x 16), against `trl` at equal micro-batch, in fresh processes."""
+"""Peak resident memory of a whole GRPO step (16 x 8 x 16), against `trl` at equal micro-batch, in fresh processes.
+
+Once with all weights learning, once with a LoRA adapter on all linear layers on both sides (trl's is PEFT's).
+"""
 
 from bench import workload
 from bench.harness import Options, Side, SideFailedError, Worker, announce, options, record
 
 DTYPES = ("bf16", "pure-bf16", "fp32")
+LORA = {"rank": 16, "alpha": 32.0}
 STEPS = 2  # the optimiser's state is there from the second step on
 
 
 def main() -> None:
     """With micro-batches of 32 and of all 128 sequences."""
-    given = options(__doc__)
+    given = options(__doc__, parts=("weights", "lora"))
     announce(given)
-    for size in (32, 128):
-        against_trl(workload.step(2, 2, 4, 2) if given.quick else workload.step(16, 8, 16, size), given)
+    for part, lora in (("weights", None), ("lora", LORA)):
+        for size in (32, 128):
+            if given.wants(part):
+                against_trl(workload.step(2, 2, 4, 2) if given.quick else workload.step(16, 8, 16, size), lora, given)
 
 
-def against_trl(size: dict, given: Options) -> None:
+def against_trl(size: dict, lora: dict | None, given: Options) -> None:
     """Everything counts: interpreter, libraries, weights, optimiser, activations."""
     what = "peak memory: {num_prompts} x {samples} x {max_tokens} tokens, micro-batch {micro_batch}".format(**size)
+    what += f", LoRA of rank {lora['rank']}" if lora else ""
     print(f"\n{what}", flush=True)
-    common = {"model": given.model, **size}
+    common = {"model": given.model, **size, "lora": lora}
     ours = Side(name="rung", job="bench.ours:step", spec={**common, "dtype": "auto"})
     peers = [Side(name=f"trl, {d}", job="bench.peers:step", spec={**common, "dtype": d}) for d in DTYPES]
     peaks: dict[str, float] = {}

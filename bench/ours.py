@@ -18,6 +18,7 @@ from rung.core.records import Completion, GroupRequest, Sampling
 from rung.core.rundir import create
 from rung.engine.engine import Engine
 from rung.engine.sampling import Laws, draw
+from rung.lm.adapters.spec import LoRA
 from rung.model.model import compute_dtype, load
 from rung.train.config import METHODS, GroupRL, Optim, TaskSpec
 from rung.train.data import count, pack, sample_of
@@ -120,6 +121,7 @@ def step(spec: Mapping[str, Any]) -> Turn:
         num_steps=1000,
         method=GRPO,
         optim=Optim(lr=1e-6),
+        lora=LoRA(**(spec.get("lora") or {})),
         dtype=spec["dtype"],
     )
     stack = ExitStack()

@@ -77,7 +77,7 @@ def learner(spec: Mapping[str, Any]) -> Turn:
 def step(spec: Mapping[str, Any]) -> Turn:
     """One whole step of `GRPOTrainer.train`, held between its own callbacks: generate, grade, loss, optimiser."""
     sizes = {name: spec[name] for name in ("num_prompts", "samples", "max_tokens", "micro_batch")}
-    trainer = _trainer(spec, **sizes)
+    trainer = _trainer(spec, **sizes, lora=spec.get("lora"))
     gate = _Gate()
     trainer.add_callback(gate)
     threading.Thread(target=gate.guard, args=(trainer.train,), daemon=True).start()
@@ -117,8 +117,17 @@ class _Gate(TrainerCallback):
         self.done.release()
 
 
-def _trainer(spec: Mapping[str, Any], *, num_prompts: int, samples: int, max_tokens: int, micro_batch: int):
+def _trainer(
+    spec: Mapping[str, Any],
+    *,
+    num_prompts: int,
+    samples: int,
+    max_tokens: int,
+    micro_batch: int,
+    lora: Mapping[str, Any] | None = None,
+):
     from datasets import Dataset
+    from peft import LoraConfig
     from trl import GRPOConfig, GRPOTrainer
 
     sequences = num_prompts * samples
@@ -154,7 +163,12 @@ def _trainer(spec: Mapping[str, Any], *, num_prompts: int, samples: int, max_tok
         seed=0,
     )
     asked = Dataset.from_dict({"prompt": [[{"role": "user", "content": p["prompt"]}] for p in workload.problems()]})
-    return GRPOTrainer(spec["model"], reward_funcs=_rewards, args=config, train_dataset=asked)
+    adapter = None
+    if lora is not None:
+        adapter = LoraConfig(
+            r=lora["rank"], lora_alpha=lora["alpha"], target_modules="all-linear", task_type="CAUSAL_LM"
+        )
+    return GRPOTrainer(spec["model"], reward_funcs=_rewards, args=config, train_dataset=asked, peft_config=adapter)
 
 
 def _rewards(completions: list, **_: Any) -> list[float]:

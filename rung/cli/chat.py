@@ -22,6 +22,7 @@ class Chat:
     temperature: 0 always takes the likeliest token
     seed: equal seeds and equal turns give equal answers
     dtype: auto is bf16 where the machine multiplies it fast, else fp32
+    foreign: through transformers although Rung has the model's family
     """
 
     model: str
@@ -30,6 +31,7 @@ class Chat:
     temperature: float = 0.7
     seed: int = 0
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    foreign: bool = False
 
 
 def help(args: list[str]) -> str:
@@ -42,7 +44,7 @@ def run(args: list[str]) -> None:
     from rung.model.generate import stream
 
     with Display() as display:
-        model = rung.load(asked.model, dtype=asked.dtype, listener=display)
+        model = rung.load(asked.model, dtype=asked.dtype, foreign=asked.foreign, listener=display)
     messages = [Message("system", asked.system)] if asked.system else []
     while said := _line():
         messages.append(Message("user", said))

@@ -27,6 +27,7 @@ class Eval:
     temperature: 0 always takes the likeliest token
     seed: chooses the problems
     dtype: auto is bf16 where the machine multiplies it fast, else fp32
+    foreign: through transformers although Rung has the model's family
     """
 
     model: str
@@ -37,6 +38,7 @@ class Eval:
     temperature: float = 0.0
     seed: int = 0
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    foreign: bool = False
 
 
 def help(args: list[str]) -> str:
@@ -57,7 +59,7 @@ def run(args: list[str]) -> None:
     import rung
 
     with Display() as display:
-        model = rung.load(asked.model, dtype=asked.dtype, listener=display)
+        model = rung.load(asked.model, dtype=asked.dtype, foreign=asked.foreign, listener=display)
         found = rung.evaluate(
             model,
             task,

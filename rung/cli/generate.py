@@ -25,6 +25,7 @@ class Generate:
     min_p: draw only from tokens with at least this share of the likeliest one's probability
     seed: equal seeds give equal texts
     dtype: auto is bf16 where the machine multiplies it fast, else fp32
+    foreign: through transformers although Rung has the model's family
     """
 
     model: str
@@ -37,6 +38,7 @@ class Generate:
     min_p: float = 0.0
     seed: int = 0
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    foreign: bool = False
 
 
 def help(args: list[str]) -> str:
@@ -49,7 +51,7 @@ def run(args: list[str]) -> None:
 
     prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in asked.prompt]
     with Display() as display:
-        model = rung.load(asked.model, dtype=asked.dtype, listener=display)
+        model = rung.load(asked.model, dtype=asked.dtype, foreign=asked.foreign, listener=display)
         generations = rung.generate(
             model,
             prompts,

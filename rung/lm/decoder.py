@@ -1,4 +1,4 @@
-"""The decoder: an embedding, a tuple of blocks, a final norm and a head.  Meets `protocols.Decoder`."""
+"""The decoder: an embedding, a tuple of blocks, a final norm and a head.  Meets `protocols.ModelDecoder`."""
 
 from collections.abc import Sequence
 from typing import cast
@@ -14,6 +14,7 @@ from rung.lm.block import Block
 from rung.lm.config import DecoderConfig
 from rung.lm.linear import KeptBlocks, Linear
 from rung.lm.norm import RMSNorm
+from rung.lm.protocols import Footprint
 from rung.lm.state import KVState
 from rung.objectives.logprobs import softcapped
 
@@ -27,7 +28,7 @@ class Decoder(nn.Module):
         self, config: DecoderConfig, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.max_positions = config, config.max_positions
         place = torch.device(device or "cpu")
         self.embedding = skip_init(nn.Embedding, config.vocab_size, config.width, dtype=dtype, device=place)
         blocks = [Block(spec, config.width, dtype, place) for spec in config.blocks]
@@ -101,4 +102,22 @@ class Decoder(nn.Module):
             head_dim=head_dim,
             dtype=weight.dtype,
             device=weight.device,
+        )
+
+    def footprint(self) -> Footprint:
+        """Counted from the config; see `protocols.Footprint`."""
+        cached = activations = 0
+        for block in self.config.blocks:
+            mixer = block.mixer
+            qk = (mixer.heads + mixer.kv_heads) * mixer.head_dim
+            norms = 6 if block.norms == "both" else 4  # of the width: what norms and the matrices behind them keep
+            cached += 2 * mixer.kv_heads * mixer.head_dim
+            activations += norms * self.config.width + (2 if mixer.qk_norm == "none" else 3) * qk
+            activations += 3 * block.channel.width
+        return Footprint(
+            parameters=sum(parameter.numel() for parameter in self.parameters()),
+            cached=cached,
+            activations=activations,
+            vocab_size=self.config.vocab_size,
+            width=self.config.width,
         )

@@ -52,7 +52,7 @@ class KeptBlocks:
 
     def _kept(self, weight_ED: Tensor) -> bool:
         """Are there blocks of this very weight?  Counts the use, and makes them when it is time."""
-        if not _worthwhile(weight_ED.device.type, weight_ED.dtype) or weight_ED.is_inference():
+        if not keeps_blocks(weight_ED.device.type, weight_ED.dtype) or weight_ED.is_inference():
             return False
         source, version = self.source, weight_ED._version
         if source is None or source.data_ptr() != weight_ED.data_ptr() or self.version != version:
@@ -81,5 +81,6 @@ class Linear(nn.Module):
 
 
 @cache
-def _worthwhile(device: str, dtype: torch.dtype) -> bool:
+def keeps_blocks(device: str, dtype: torch.dtype) -> bool:
+    """Are blocks of such weights kept?  Then a sampler holds its weights twice."""
     return device == "cpu" and dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()

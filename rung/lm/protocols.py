@@ -6,6 +6,7 @@ key-value cache could roll back by leaving dead rows, a recurrent mixer could no
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -69,3 +70,34 @@ class Decoder(Protocol):
 
     def new_state(self, slots: int, capacity: int) -> State:
         """An empty state in the compute dtype."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """What a decoder holds, in numbers (not bytes).
+
+    parameters: its weights; cached: what a state keeps of one token; activations: what one token leaves behind in a
+    forward pass for its backward pass; vocab_size, width: of the head
+    """
+
+    parameters: int
+    cached: int
+    activations: int
+    vocab_size: int
+    width: int
+
+
+@runtime_checkable
+class ModelDecoder(Decoder, Protocol):
+    """The decoder of a whole model: it has a length, and names for its weights.
+
+    max_positions: the longest sequence it is meant for
+    """
+
+    max_positions: int
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """The weights by name, each once."""
+
+    def footprint(self) -> Footprint:
+        """Counted from its shapes alone, so that a decoder without weights (device `meta`) answers too."""

@@ -115,7 +115,7 @@ def _cut(text: str, strings: Sequence[str]) -> str:
 
 
 def _engine(model: Model) -> Engine:
-    return Engine(model.decoder, slots=SLOTS, max_positions=model.decoder.config.max_positions)
+    return Engine(model.decoder, slots=SLOTS, max_positions=model.decoder.max_positions)
 
 
 def _strings(model: Model, stop: Sequence[str]) -> list[str]:

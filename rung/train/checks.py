@@ -1,16 +1,12 @@
 """What is tried before a run has a folder: that its task has every problem it will ask, and that they fit the model."""
 
-from rung.core.errors import TaskError
+from rung.core.errors import ModelError, TaskError
 from rung.core.progress import Listener, silent
-from rung.lm.decoder import Decoder
-from rung.lm.weights.families import from_hugging_face
-from rung.lm.weights.files import COMPANIONS, read_files, read_json
-from rung.lm.weights.hf import Folder
+from rung.lm.adapters.peft import is_adapter
 from rung.lm.weights.sources import locate
-from rung.model.model import Model
+from rung.model.model import Model, outline
 from rung.tasks.base import Split, Task, problems
 from rung.tasks.load import RewardTask
-from rung.text.pretrained import Tokenizer
 from rung.train.config import GroupRL
 from rung.train.rollouts import prompt_of
 
@@ -36,11 +32,12 @@ def check_problems(recipe: GroupRL, task: Task, listener: Listener = silent) -> 
             prompt_of(model, problem, recipe.max_tokens)
 
 
-def weightless(recipe: GroupRL, listener: Listener) -> Model:
+def weightless(recipe: GroupRL, listener: Listener = silent) -> Model:
     """The recipe's model as far as its shape and its tokenizer go; no tensor of it is read."""
     path = locate(recipe.model, listener)
-    raw = read_json(path / "config.json")
-    config = from_hugging_face(raw, where=str(path / "config.json"))
-    text = Tokenizer.from_files(read_files(path, COMPANIONS), raw, where=str(path))
-    folder = Folder(config=raw, shards=())
-    return Model(decoder=Decoder(config, device="meta"), folder=folder, name=recipe.model, text=text)
+    if is_adapter(path):
+        raise ModelError(
+            f"{path} is an adapter: a run starts from a whole model, so that its reference is what it starts from. "
+            'Write it first: rung.load(adapter, dtype="fp32").save(folder).'
+        )
+    return outline(recipe.model, foreign=recipe.foreign, listener=listener)

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from rung.lm.adapters.spec import LoRA
+
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
@@ -99,10 +101,12 @@ class GroupRL:
 
     name:            of the run, and of its folder under `runs/`
     model:           a name (`smollm2-135m`) or a Hugging Face folder
+    foreign:         through transformers although Rung has the model's family; other families go that way anyhow
     seed:            of all draws; also names the training problems
     num_steps:       rollout-and-learn steps
     prompts_per_step, samples_per_prompt: groups of a step, and their size (G)
     max_tokens, temperature: of a sample; the learner scores at the same temperature
+    lora:            an adapter that learns in the weights' place; its optim.lr is some ten times theirs
     updates_per_rollout: 1 is on-policy; more slices the step's groups, and logp_old is recomputed by the learner
     slots:           samples decoded at a time, at most; each holds a key-value cache of its own
     tokens_per_micro_batch: upper bound on the flat token axis of one forward and backward pass
@@ -119,6 +123,7 @@ class GroupRL:
     name: str
     task: TaskSpec
     model: str = "smollm2-135m"
+    foreign: bool = False
     seed: int = 0
     num_steps: int = 100
     prompts_per_step: int = 16
@@ -127,6 +132,7 @@ class GroupRL:
     temperature: float = 1.0
     method: Method = METHODS["grpo"]
     optim: Optim = field(default_factory=Optim)
+    lora: LoRA = field(default_factory=LoRA)
     updates_per_rollout: int = 1
     slots: int = 256
     tokens_per_micro_batch: int = 2048

@@ -17,9 +17,11 @@ from rung.core.memory import available_memory
 from rung.core.progress import Listener, silent
 from rung.core.words import Problem
 from rung.engine.scheduler import prompt_slots
-from rung.lm.config import DecoderConfig
-from rung.lm.decoder import Decoder
-from rung.model.model import Model, compute_dtype, load
+from rung.lm.adapters.lora import chosen, num_weights
+from rung.lm.adapters.spec import LoRA
+from rung.lm.linear import keeps_blocks
+from rung.lm.protocols import Footprint
+from rung.model.model import Model, compute_dtype
 from rung.objectives.logprobs import CHUNK_ROWS
 from rung.tasks.base import draw
 from rung.tasks.load import load_task
@@ -47,14 +49,13 @@ def estimate(recipe: GroupRL) -> Estimate:
     """Memory and time that a recipe needs here.  Raises as `rung.train` does for a recipe that cannot run."""
     check_recipe(recipe)
     use_threads(recipe.threads)
-    model = load(recipe.model, dtype=recipe.dtype)
-    config = model.decoder.config
+    model = weightless(recipe)
     check_problems(recipe, load_task(recipe.task.name, recipe.task.options))
     lengths = prompt_lengths(model, _problems(recipe))
-    parts = memory(recipe, config, max(lengths))
+    parts = memory(recipe, model, max(lengths))
     total = sum(parts.values())
     rate = multiply_rate(compute_dtype(recipe.dtype))
-    seconds = duration(recipe, num_parameters(config), rate, sum(lengths) / len(lengths))
+    seconds = duration(recipe, model, rate, sum(lengths) / len(lengths))
     lines = [f"{name:<24}{size / 1e9:8.2f} GB" for name, size in parts.items()]
     lines += [f"{'in all':<24}{total / 1e9:8.2f} GB, of {available_memory() / 1e9:.1f} GB free"]
     lines += [f"{'time':<24}{seconds / 60:8.1f} min for {recipe.num_steps} steps, if every sample is as long as may be"]
@@ -65,7 +66,7 @@ def refuse_too_large(recipe: GroupRL, listener: Listener = silent) -> None:
     """Raises ConfigError where the run cannot fit into the memory that this process may have."""
     problems = _problems(recipe)  # a task that is none is refused before a model is fetched
     model = weightless(recipe, listener)
-    parts = memory(recipe, model.decoder.config, max(prompt_lengths(model, problems)))
+    parts = memory(recipe, model, max(prompt_lengths(model, problems)))
     free = available_memory()
     if sum(parts.values()) > free:
         largest = max(parts, key=lambda name: parts[name])
@@ -85,22 +86,24 @@ def prompt_lengths(model: Model, problems: Sequence[Problem]) -> list[int]:
     return [len(model.prompt_ids(problem.messages)) for problem in problems]
 
 
-def memory(recipe: GroupRL, config: DecoderConfig, prompt: int) -> dict[str, float]:
+def memory(recipe: GroupRL, model: Model, prompt: int) -> dict[str, float]:
     """Bytes held at the peak of a step, by what holds them.  prompt: tokens of a long one."""
-    weights, width = num_parameters(config), compute_dtype(recipe.dtype).itemsize
-    parts = {
-        "libraries": LIBRARY,
-        "fp32 weights": 4.0 * weights,
-        "compute copy": float(width * weights) if width < 4 else 0.0,
-        "gradients": 4.0 * weights,
-        "AdamW moments": 8.0 * weights,
-        "reference": float(width * weights) if needs_reference(recipe.method) else 0.0,
+    footprint, learnt, lora = model.decoder.footprint(), num_learnt(model, recipe.lora), recipe.lora
+    weights, width = footprint.parameters, compute_dtype(recipe.dtype).itemsize
+    parts = {"libraries": LIBRARY} | ({"weights, at rest": float(width * weights)} if lora.on else {})
+    parts |= {
+        "adapter in fp32" if lora.on else "fp32 weights": 4.0 * learnt,
+        "adapter, compute copy" if lora.on else "compute copy": float(width * learnt) if width < 4 else 0.0,
+        "gradients": 4.0 * learnt,
+        "AdamW moments": 8.0 * learnt,
+        "reference": float(width * weights) if needs_reference(recipe.method) and not lora.on else 0.0,
     }
-    rows = prompt + recipe.max_tokens
-    per_row = sum(2 * block.mixer.kv_heads * block.mixer.head_dim for block in config.blocks) * width
-    parts["key-value cache"] = float(_slots(recipe) * rows * per_row)
-    parts["learner's logits"] = head_bytes(config, width)
-    parts["activations"] = float(recipe.tokens_per_micro_batch * activation_bytes(config, width))
+    parts["key-value cache"] = float(_slots(recipe) * (prompt + recipe.max_tokens) * footprint.cached * width)
+    parts["learner's logits"] = head_bytes(footprint, width, learnt=not lora.on)
+    parts["activations"] = float(recipe.tokens_per_micro_batch * activations(recipe, model) * width)
+    if lora.on and keeps_blocks("cpu", compute_dtype(recipe.dtype)):  # else they are fewer than the gradients
+        learner = parts["learner's logits"] + parts["activations"]
+        parts["sampler beyond learner"] = max(0.0, float(width * weights) - learner)
     return parts
 
 
@@ -110,33 +113,29 @@ def _slots(recipe: GroupRL) -> int:
     return decoding + min(prompt_slots(decoding), recipe.prompts_per_step)
 
 
-def activation_bytes(config: DecoderConfig, width: int) -> float:
-    """Bytes that one token leaves behind in a forward pass for its backward pass."""
-    total = 0.0
-    for block in config.blocks:
-        mixer = block.mixer
-        qk = (mixer.heads + mixer.kv_heads) * mixer.head_dim
-        attention = 2 * qk if mixer.qk_norm == "none" else 3 * qk
-        norms = 6 if block.norms == "both" else 4  # of the model's width: what norms and the matrices behind them keep
-        total += width * (norms * config.width + attention + 3 * block.channel.width)
-    return total
+def activations(recipe: GroupRL, model: Model) -> int:
+    """Numbers that one token leaves behind in a forward pass for its backward pass: with an adapter also every A x."""
+    adapted = chosen(model.sites, recipe.lora) if recipe.lora.on else ()
+    return model.decoder.footprint().activations + recipe.lora.rank * sum(len(site.parts) for site in adapted)
 
 
-def head_bytes(config: DecoderConfig, width: int) -> float:
-    """Bytes of one chunk of the learner's logits, and of the head's gradient while chunks are summed."""
-    return float(config.vocab_size * (width * CHUNK_ROWS + (width + 4) * config.width))
+def head_bytes(footprint: Footprint, width: int, *, learnt: bool) -> float:
+    """Bytes of one chunk of the learner's logits, and of the head's gradient while chunks are summed, if it learns."""
+    return float(footprint.vocab_size * (width * CHUNK_ROWS + (width + 4) * footprint.width * learnt))
 
 
-def duration(recipe: GroupRL, weights: int, rate: float, prompt: float) -> float:
-    """Seconds of a run of longest samples: 2 operations a weight and token forwards, 4 backwards.
+def duration(recipe: GroupRL, model: Model, rate: float, prompt: float) -> float:
+    """Seconds of a run of longest samples: 2 operations a weight and token forwards, 4 backwards, or 2 where it rests.
 
     prompt: tokens of one
     """
+    weights, learnt = model.decoder.footprint().parameters, num_learnt(model, recipe.lora)
+    whole = weights + learnt * recipe.lora.on  # of all matrices that a token passes
     prompts = recipe.prompts_per_step * prompt
     sampled = recipe.prompts_per_step * recipe.samples_per_prompt * recipe.max_tokens
-    rolled = 2.0 * weights * (prompts + sampled)
-    learned = (8.0 if needs_reference(recipe.method) else 6.0) * weights * (prompts + sampled)
-    evaluated = 2 * 2.0 * weights * recipe.eval_problems * (prompt + recipe.max_tokens)
+    rolled = 2.0 * whole * (prompts + sampled)
+    learned = (4.0 * whole + 2.0 * learnt + 2.0 * weights * needs_reference(recipe.method)) * (prompts + sampled)
+    evaluated = 2 * 2.0 * whole * recipe.eval_problems * (prompt + recipe.max_tokens)
     return (recipe.num_steps * (rolled + learned) + evaluated) / (rate * EFFICIENCY)
 
 
@@ -151,6 +150,6 @@ def multiply_rate(dtype: torch.dtype) -> float:
     return 2.0 * rows * inner * columns * RATE_REPEATS / (time.perf_counter() - began)
 
 
-def num_parameters(config: DecoderConfig) -> int:
-    """Number of weights, counted on a decoder that holds none."""
-    return sum(p.numel() for p in Decoder(config, device="meta").parameters())
+def num_learnt(model: Model, lora: LoRA) -> int:
+    """Number of weights that learn: the adapter's, or all.  Raises ConfigError for targets that name no layer."""
+    return num_weights(chosen(model.sites, lora), lora) if lora.on else model.decoder.footprint().parameters

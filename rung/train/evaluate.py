@@ -56,7 +56,7 @@ def evaluate(
     task = TaskSpec(name=task) if isinstance(task, str) else task
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature, stop_ids=model.tokenizer.eos_ids)
     asked = problems_of(load_task(task.name, task.options), split, problems, seed)
-    engine = Engine(model.decoder, max_positions=model.decoder.config.max_positions)
+    engine = Engine(model.decoder, max_positions=model.decoder.max_positions)
     with Grader(task.name, task.options) as grader:
         return evaluate_with(
             model,

@@ -56,6 +56,11 @@ class Trainer:
     def __post_init__(self) -> None:
         object.__setattr__(self, "objective", build_objective(self.recipe.method))
 
+    @property
+    def share_prompts(self) -> bool:
+        """Only where computing a prompt once is cheaper: a micro-batch's tokens are what is really computed."""
+        return self.recipe.share_prompts and self.decoder.branches
+
     def policy(self, decoder: Decoder) -> LanguagePolicy:
         return LanguagePolicy(decoder, self.recipe.temperature)
 
@@ -138,9 +143,9 @@ def learn(trainer: Trainer, groups: Sequence[Sequence[Sample]]) -> dict[str, flo
         counts = count([sample for group in part for sample in group])
         alive = [sample for group in part if not is_dead(recipe.method, group) for sample in group]
         batches = [
-            pack_one([alive[i] for i in which], counts=counts, share_prompts=recipe.share_prompts)
+            pack_one([alive[i] for i in which], counts=counts, share_prompts=trainer.share_prompts)
             for which in split(
-                alive, tokens_per_batch=recipe.tokens_per_micro_batch, share_prompts=recipe.share_prompts
+                alive, tokens_per_batch=recipe.tokens_per_micro_batch, share_prompts=trainer.share_prompts
             )
         ]
         seen = Observed(trainer, with_gap=update == 0)
@@ -202,9 +207,9 @@ def with_scores(trainer: Trainer, groups: Sequence[Sequence[Sample]]) -> list[li
 def score(trainer: Trainer, samples: Sequence[Sample], name: str, decoder: Decoder) -> list[Sample]:
     """The samples with a stream `name`: log-probabilities under a decoder, without gradients."""
     recipe, counts, out = trainer.recipe, count(samples), list(samples)
-    for which in split(samples, tokens_per_batch=recipe.tokens_per_micro_batch, share_prompts=recipe.share_prompts):
+    for which in split(samples, tokens_per_batch=recipe.tokens_per_micro_batch, share_prompts=trainer.share_prompts):
         part = [samples[i] for i in which]
-        batch = pack_one(part, counts=counts, share_prompts=recipe.share_prompts)
+        batch = pack_one(part, counts=counts, share_prompts=trainer.share_prompts)
         with torch.no_grad():
             logp_T = trainer.policy(decoder).scores(batch).logp_T
         for i, values_T in zip(which, unpack(batch, logp_T, part), strict=True):

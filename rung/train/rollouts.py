@@ -115,7 +115,7 @@ class LocalRollouts:
 
 def prompt_of(model: Model, problem: Problem, max_tokens: int) -> tuple[int, ...]:
     """The problem as token ids.  Raises TaskError where the model has no room for it and an answer."""
-    ids, room = model.prompt_ids(problem.messages), model.decoder.config.max_positions
+    ids, room = model.prompt_ids(problem.messages), model.decoder.max_positions
     if len(ids) + max_tokens > room:
         raise TaskError(
             f"a problem and its answer must fit the model's {room} positions, and "

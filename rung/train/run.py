@@ -29,7 +29,17 @@ from rung.train.config import GroupRL
 from rung.train.estimate import refuse_too_large
 from rung.train.evaluate import Evaluation, evaluate_with
 from rung.train.grpo import StepRecord, gap_notice, train_step
-from rung.train.session import PhaseLog, Session, check_recipe, fingerprint, open_session, self_test, use_threads
+from rung.train.session import (
+    PhaseLog,
+    Session,
+    check_recipe,
+    fingerprint,
+    open_session,
+    save_results,
+    self_test,
+    start_weights,
+    use_threads,
+)
 
 SAME_PLACE = (
     *("rung", "noise_law", "torch", "torch_build", *LIBRARIES),
@@ -118,7 +128,7 @@ def _go(run: RunDir, recipe: GroupRL, listener: Listener, moved: Mapping[str, An
             listener(Progress(stage="notice", text=warning))
         _cut_back(run, recipe, start, begun=checkpoint is not None)
         with PhaseLog(run) as phase, open_session(recipe, run, start + 1, phase, listener) as session:
-            base = fingerprint(session.learner.compute)
+            base = fingerprint(start_weights(session))
             if checkpoint:
                 _restore(session, checkpoint, base, listener)
             self_test(session, listener)
@@ -131,7 +141,7 @@ def _go(run: RunDir, recipe: GroupRL, listener: Listener, moved: Mapping[str, An
                 phase("evaluate")
                 _evaluate(run, session, recipe.num_steps, "held_out", recipe.eval_problems, "evaluate", listener)
                 phase("model")
-                session.model.save(run.folder / "model", weights=session.learner.masters)
+                save_results(session, run)
         finished = _summary(run, recipe)
         assert finished is not None, "a run that came to its end has a first and a last evaluation"
         return Run(folder=run.folder, summary=finished)

@@ -2,9 +2,11 @@
 
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
@@ -17,7 +19,11 @@ from rung.core.rundir import RunDir
 from rung.core.shapes import Tensor
 from rung.engine.engine import Engine
 from rung.engine.types import WeightsRef
+from rung.lm.adapters.lora import Adapter, BaseDecoder
+from rung.lm.adapters.peft import save_adapter
+from rung.lm.adapters.spec import LoRA
 from rung.lm.linear import PACK_AFTER
+from rung.lm.protocols import Decoder
 from rung.model.model import Model, compute_dtype, load
 from rung.tasks.base import Task, draw
 from rung.tasks.load import load_task
@@ -32,15 +38,17 @@ from rung.train.step import Learner
 
 NEUTRAL = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 SELF_TEST_TOKENS = 8
+SELF_TEST_CHANGE = 0.05  # of a weight, or of what an adapter adds to a layer's output per unit of its A x
 FINGERPRINT_WORDS = 256  # summed at a time
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Session:
-    """Everything a run holds in memory."""
+    """Everything a run holds in memory.  adapter: what learns in place of the model's own weights, if anything."""
 
     recipe: GroupRL
     model: Model
+    adapter: Adapter | None
     task: Task
     engine: Engine
     grader: Grader
@@ -72,6 +80,8 @@ def check_recipe(recipe: GroupRL) -> None:
             f"updates_per_rollout slices the groups of a step: it is {recipe.updates_per_rollout}, and cannot be more "
             f"than prompts_per_step, {recipe.prompts_per_step}."
         )
+    if not recipe.lora.on and recipe.lora != LoRA():
+        raise ConfigError("lora has settings and lora.rank is 0, which is no adapter: set lora.rank (16, say).")
     if recipe.optim.lr < 0 or recipe.optim.grad_clip <= 0:
         raise ConfigError("optim.lr cannot be negative, and optim.grad_clip must be positive.")
     check_method(
@@ -92,20 +102,24 @@ def use_threads(number: int) -> None:
 def open_session(recipe: GroupRL, run: RunDir, since: int, phase: "PhaseLog", listener: Listener) -> Iterator[Session]:
     """Load the model, make masters and reference, start the grading child; all are released at the end.
 
+    With an adapter the weights are there once, in the compute dtype, and rest; the reference is the adapter off.
+
     since: the step that will be repeated first (its journalled grades are replayed)
     """
     with ExitStack() as stack:
         task = load_task(recipe.task.name, recipe.task.options)
         grader = stack.enter_context(Grader(recipe.task.name, recipe.task.options))
-        model = load(recipe.model, dtype="fp32", listener=listener)
+        start = recipe.dtype if recipe.lora.on else "fp32"
+        model = load(recipe.model, dtype=start, foreign=recipe.foreign, listener=listener)
+        adapter = adapter_of(model, recipe) if recipe.lora.on else None
         sampling = Sampling(
             max_tokens=recipe.max_tokens, temperature=recipe.temperature, stop_ids=model.tokenizer.eos_ids
         )
-        parameters = dict(model.decoder.named_parameters())
+        parameters = dict(model.decoder.named_parameters()) if adapter is None else adapter.parameters
         updates = recipe.num_steps * recipe.updates_per_rollout
         learner = Learner(parameters, recipe.optim, num_steps=updates, dtype=compute_dtype(recipe.dtype))
-        reference = frozen_copy(model.decoder) if needs_reference(recipe.method) else None
-        engine = Engine(model.decoder, slots=recipe.slots, max_positions=model.decoder.config.max_positions)
+        reference = reference_of(model.decoder, adapter) if needs_reference(recipe.method) else None
+        engine = Engine(model.decoder, slots=recipe.slots, max_positions=model.decoder.max_positions)
         journal = GradeJournal(run, since=since)
         rollouts = LocalRollouts(
             model,
@@ -129,6 +143,7 @@ def open_session(recipe: GroupRL, run: RunDir, since: int, phase: "PhaseLog", li
         yield Session(
             recipe=recipe,
             model=model,
+            adapter=adapter,
             task=task,
             engine=engine,
             grader=grader,
@@ -138,6 +153,37 @@ def open_session(recipe: GroupRL, run: RunDir, since: int, phase: "PhaseLog", li
             sampling=sampling,
             journal=journal,
         )
+
+
+def adapter_of(model: Model, recipe: GroupRL) -> Adapter:
+    """A new adapter on a model, drawn from the run's seed."""
+    adapter = Adapter(cast(torch.nn.Module, model.decoder), model.sites, recipe.lora, seed=recipe.seed)
+    shapes = {entry.name: entry.shape for shard in model.folder.shards for entry in shard.entries}
+    adapter.factors().check(shapes, where=f"LoRA on {model.name}")  # else the merged model could not be written
+    return adapter
+
+
+def reference_of(decoder: Decoder, adapter: Adapter | None) -> Decoder:
+    """The policy as it is before the first step, and stays."""
+    return frozen_copy(decoder) if adapter is None else BaseDecoder(decoder, adapter)
+
+
+def start_weights(session: Session) -> Mapping[str, Tensor]:
+    """All that decides what is sampled: the model's weights, and what learns beside them."""
+    return dict(session.model.decoder.named_parameters()) | session.learner.compute
+
+
+def save_results(session: Session, run: RunDir) -> None:
+    """Write `model/`, from the fp32 masters; of a run with an adapter `adapter/` before it, and `model/` is the merged
+    model, in the dtypes of the folder it came from."""
+    masters = session.learner.masters
+    if session.adapter is None:
+        session.model.save(run.folder / "model", weights=masters)
+        return
+    factors = session.adapter.factors(masters)
+    shutil.rmtree(run.folder / "adapter", ignore_errors=True)  # of a run that was killed between the two
+    save_adapter(run.folder / "adapter", factors, base=session.recipe.model)
+    session.model.save(run.folder / "model", change=factors.merged)
 
 
 class PhaseLog:
@@ -203,11 +249,15 @@ def self_test(session: Session, listener: Listener) -> None:
         (completions,), _ = session.engine.run([request])
         return [(completion.token_ids, completion.logp_raw) for completion in completions]
 
-    weight = next(p for name, p in session.learner.compute.items() if name.endswith("qkv.weight"))
+    matrices = [p for name, p in session.learner.compute.items() if p.ndim == 2 and not name.endswith("lora_A")]
+    weight = matrices[len(matrices) // 2]  # in the middle of the network
     for _ in range(-(-PACK_AFTER // tokens)):  # until what the sampler keeps of the weights is in use
         logps()
     kept, before = weight.detach().clone(), logps()
-    weight.mul_(1.05)
+    if session.adapter is None:
+        weight.mul_(1 + SELF_TEST_CHANGE)
+    else:  # B is zero at the start
+        weight.add_(SELF_TEST_CHANGE / session.adapter.spec.scaling)
     changed = logps()
     weight.copy_(kept)
     after = logps()

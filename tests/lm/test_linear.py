@@ -127,4 +127,4 @@ def test_nothing_is_kept_where_bf16_is_slow_or_for_other_dtypes(monkeypatch):
         for _ in range(PACK_AFTER + 2):
             layer(torch.ones(1, 8))
     assert layer.kept.blocks is None
-    assert not linear._worthwhile("cuda", torch.bfloat16)
+    assert not linear.keeps_blocks("cuda", torch.bfloat16)

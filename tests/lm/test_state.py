@@ -22,12 +22,13 @@ SLOTS, CAPACITY = 4, 150
 class History:
     """A state, and what it must hold: the committed tokens of every slot."""
 
-    def __init__(self, seed: int, dtype: torch.dtype = torch.float64, decoder: Decoder | None = None) -> None:
+    def __init__(self, seed: int, dtype: torch.dtype = torch.float64, decoder=None, alone=None) -> None:
         self.rng = np.random.default_rng(seed)
         self.decoder = decoder or tiny_decoder(kv_heads=seed % 3 + 1, dtype=dtype)
         self.state = self.decoder.new_state(SLOTS, CAPACITY)
-        self.alone = Alone(copy.deepcopy(self.decoder).double())
-        self.tolerance = 1e-10 if dtype == torch.float64 else 0.2  # what a token sees changes its state by some 1
+        self.alone = alone or Alone(copy.deepcopy(self.decoder).double())
+        # what a token sees changes its state by some 1
+        self.tolerance = {torch.float64: 1e-10, torch.float32: 1e-3, torch.bfloat16: 0.2}[dtype]
         self.committed: dict[int, list[int]] = {slot: [] for slot in range(SLOTS)}
 
     def forward(self, layout: Layout, accept: str = "random") -> None:
@@ -63,7 +64,7 @@ class History:
 
     def kill(self, slot: int, start: int, stop: int = CAPACITY) -> None:
         for rows in self.state.rows:
-            rows[:, slot, :, start:stop] = torch.nan
+            rows[:, slot, :, start:stop] = torch.nan if rows.is_floating_point() else 10**9  # no token has this id
 
     def fork(self) -> None:
         """Some slots to some others, one source perhaps to many."""

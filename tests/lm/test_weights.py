@@ -15,7 +15,7 @@ from rung.lm import presets
 from rung.lm.config import RopeSpec
 from rung.lm.weights import hf
 from rung.lm.weights.families import from_hugging_face, to_hugging_face
-from rung.lm.weights.hf import load_folder, new_folder, save_folder
+from rung.lm.weights.hf import load_folder, new_folder, save_folder, their_tensors
 from rung.model import load, new_model
 
 transformers = pytest.importorskip("transformers")
@@ -254,10 +254,10 @@ def test_a_tied_head_that_was_written_all_the_same_is_read_checked_and_written_b
 
 def test_a_save_that_fails_half_way_leaves_no_folder(tmp_path, folder):
     decoder, held = load_folder(folder)
-    weights = dict(decoder.named_parameters())
-    del weights["norm.weight"]
+    theirs = their_tensors(decoder.config, held.config, dict(decoder.named_parameters()))
+    del theirs["model.norm.weight"]
     with pytest.raises(KeyError):
-        save_folder(tmp_path / "ours", held, decoder.config, weights)
+        save_folder(tmp_path / "ours", held, theirs)
     assert not (tmp_path / "ours").exists()
 
 

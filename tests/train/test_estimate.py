@@ -34,11 +34,9 @@ def test_long_prompts_need_a_longer_cache_and_more_time(folder, tmp_path):
     tasks = [load_task(recipe.task.name, {}) for recipe in (short, long)]
     lengths = [max(estimates.prompt_lengths(model, [t.problem(i) for i in range(40)])) for t in tasks]
     assert lengths[1] == lengths[0] + 9 * len("say a ")
-    caches = [estimates.memory(short, model.decoder.config, n)["key-value cache"] for n in lengths]
+    caches = [estimates.memory(short, model, n)["key-value cache"] for n in lengths]
     assert caches[1] / caches[0] == (lengths[1] + 5) / (lengths[0] + 5)
-    assert math.isclose(
-        sum(estimates.memory(long, model.decoder.config, lengths[1]).values()), rung.estimate(long).bytes
-    )
+    assert math.isclose(sum(estimates.memory(long, model, lengths[1]).values()), rung.estimate(long).bytes)
 
 
 BASE = tiny_decoder().config
@@ -73,7 +71,7 @@ def test_activations_are_what_autograd_keeps(block):
         return sum(size for size, _ in sizes.values())
 
     a_token = (kept(80) - kept(40)) / 40
-    assert a_token == estimates.activation_bytes(config, width=4) + 4 * config.width + 8
+    assert a_token == 4 * decoder.footprint().activations + 4 * config.width + 8
 
 
 def test_an_estimate_grows_with_what_is_asked(folder):

@@ -1,29 +1,13 @@
 """kill -9 at any moment: a real `rung train` is killed in each of its phases, and its continuation changes nothing."""
 
-import os
-import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
+from train.kills import PHASES, check_continuation, command, environment, kill_in
 from train.tiny import tiny_folder, tiny_recipe
 
 from rung.core.config import dumps_json
-
-PHASES = {  # of which step: every third is evaluated, every second saved, and the eighth is the last
-    "baseline": 0,
-    "sample": 3,
-    "grade": 3,
-    "backward": 3,
-    "update": 3,
-    "record": 3,
-    "checkpoint": 4,
-    "evaluate": 8,
-    "model": 8,
-}
-DEADLINE = 120.0  # seconds
 
 
 @pytest.fixture(scope="module")
@@ -42,46 +26,6 @@ def whole(recipe_file) -> Path:
         command("train", recipe_file, "--folder", folder), check=True, capture_output=True, env=environment()
     )
     return folder
-
-
-def command(*words) -> list[str]:
-    return [sys.executable, "-m", "rung.cli.main", *map(str, words)]
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1"}
-
-
-def kill_in(phase: str, delay: float, recipe_file: Path, folder: Path) -> str:
-    """Start a run, kill its process group `delay` seconds after it enters `phase`; the last phase logged."""
-    process = subprocess.Popen(
-        command("train", recipe_file, "--folder", folder),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=environment(),
-        start_new_session=True,
-    )
-    log, deadline = folder / "log.txt", time.monotonic() + DEADLINE
-    try:
-        while not (log.exists() and f"{PHASES[phase]} {phase}\n" in log.read_text()):
-            assert process.poll() is None, f"the run ended before it came to {phase}"
-            assert time.monotonic() < deadline, f"the run never came to {phase}"
-            time.sleep(0.0005)
-        time.sleep(delay)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    return log.read_text().splitlines()[-1].split()[1]
-
-
-def check_continuation(folder: Path, whole: Path) -> None:
-    subprocess.run(command("resume", folder), check=True, capture_output=True, env=environment())
-    for name in ("samples.jsonl", "evals.jsonl", "model/model.safetensors"):
-        assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
-    newest = "checkpoints/step-00000008"
-    for name in ("masters", "adam_m", "adam_v"):
-        file = f"{newest}/{name}.safetensors"
-        assert (folder / file).read_bytes() == (whole / file).read_bytes(), name
 
 
 def test_a_run_killed_while_it_learns_goes_on_bit_for_bit(recipe_file, whole, tmp_path):

@@ -193,7 +193,7 @@ def test_the_self_test_notices_a_sampler_with_weights_of_its_own(folder, tmp_pat
 
 
 @pytest.mark.skipif(
-    not linear._worthwhile("cpu", torch.bfloat16), reason="this processor multiplies no bf16: nothing is kept"
+    not linear.keeps_blocks("cpu", torch.bfloat16), reason="this processor multiplies no bf16: nothing is kept"
 )
 def test_the_self_test_notices_blocks_of_a_weight_that_outlive_it(folder, tmp_path, monkeypatch):
     kept = linear.KeptBlocks._kept

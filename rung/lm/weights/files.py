@@ -42,6 +42,15 @@ DTYPES: Mapping[str, torch.dtype] = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+CARRIED: Mapping[str, torch.dtype] = {  # of tensors that are no weights: copied from a folder to the next
+    **DTYPES,
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
 CODES: Mapping[torch.dtype, str] = {dtype: code for code, dtype in DTYPES.items()}
 BYTES: Mapping[str, int] = {  # of one number; what DTYPES lacks is measured all the same, and refused by its name
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
@@ -81,7 +90,7 @@ def write_shard(path: Path, shard: Shard, tensor: Callable[[Entry], Tensor]) -> 
     header: dict[str, Any] = {"__metadata__": dict(shard.metadata)} if shard.metadata else {}
     at = 0
     for entry in shard.entries:
-        size = DTYPES[entry.dtype].itemsize * torch.Size(entry.shape).numel()
+        size = CARRIED[entry.dtype].itemsize * torch.Size(entry.shape).numel()
         header[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [at, at + size]}
         at += size
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
@@ -90,7 +99,7 @@ def write_shard(path: Path, shard: Shard, tensor: Callable[[Entry], Tensor]) -> 
         file.write(len(text).to_bytes(8, "little") + text)
         for entry in shard.entries:
             value = tensor(entry)
-            assert (value.dtype, tuple(value.shape)) == (DTYPES[entry.dtype], entry.shape), entry
+            assert (value.dtype, tuple(value.shape)) == (CARRIED[entry.dtype], entry.shape), entry
             file.write(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 

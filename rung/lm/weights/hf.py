@@ -8,7 +8,8 @@ import difflib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from rung.lm.config import DecoderConfig
 from rung.lm.decoder import Decoder
 from rung.lm.weights.families import from_hugging_face, to_hugging_face
 from rung.lm.weights.files import (
+    CARRIED,
     CODES,
     COMPANIONS,
     DTYPES,
@@ -36,9 +38,16 @@ from rung.lm.weights.files import (
     tensors,
     write_shard,
 )
-from rung.lm.weights.names import Part, Rule, hugging_face_names, rules, split
+from rung.lm.weights.names import Rule, hugging_face_names, rules, split
 
+Export = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]  # our parameters by name -> tensors of files by name
+Change = Callable[[str, Tensor], Tensor]  # their name of a tensor, and its value -> the value to take in its place
 DERIVED = ".rotary_emb.inv_freq"  # a table that old Llama files carry; it follows from the config, and is not kept
+
+
+def unchanged(name: str, value: Tensor) -> Tensor:
+    """The `Change` that is none."""
+    return value
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -57,10 +66,16 @@ class Folder:
 
 
 def load_folder(
-    path: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", listener: Listener = silent
+    path: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    listener: Listener = silent,
+    change: Change = unchanged,
 ) -> tuple[Decoder, Folder]:
     """A decoder in `dtype` (None: the dtype of the folder's embedding) and what is needed to save it again.
 
+    change: applied to every tensor as the file has it, before it is rounded to `dtype`.
     Raises ModelError for a folder without weights, a missing, unused, truncated or wrong-shaped tensor, or a model
     that Rung has no family for.
     """
@@ -73,7 +88,7 @@ def load_folder(
     _check(table, shards, path, tied=config.tied)
     first = next(entry for shard in shards for entry in shard.entries if entry.name == table[0].parts[0].name)
     decoder = Decoder(config, dtype=dtype or DTYPES[first.dtype], device=torch.device(device))
-    _fill(decoder, table, shards, path, listener)
+    _fill(decoder, table, shards, path, listener, change)
     index = read_json(path / INDEX) if (path / INDEX).is_file() else {}
     kept = {key: value for key, value in index.items() if key != "weight_map"}
     return decoder, Folder(config=raw, shards=shards, index=kept, files=read_files(path, COMPANIONS), path=path)
@@ -87,13 +102,30 @@ def new_folder(config: DecoderConfig, dtype: torch.dtype) -> Folder:
     return Folder(config=raw, shards=(Shard(file=SINGLE, entries=entries),))
 
 
-def save_folder(path: Path, folder: Folder, config: DecoderConfig, weights: Mapping[str, Tensor]) -> None:
-    """Write a model folder: `weights` are our parameters by name, in any float dtype (fp32 masters, say).
+def their_tensors(config: DecoderConfig, raw: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a folder by name, from our parameters by name: an `Export`, once both configs are given."""
+    found: dict[str, Tensor] = {}
+    for rule in rules(config, hugging_face_names(raw)):
+        found |= split(rule, weights[rule.ours].detach())
+    if config.tied:  # some folders write the head all the same
+        found["lm_head.weight"] = weights["embedding.weight"].detach()
+    return found
+
+
+def save_folder(path: Path, folder: Folder, theirs: Mapping[str, Tensor], change: Change = unchanged) -> None:
+    """Write a model folder: `theirs` are its tensors by name, in any float dtype (fp32 masters, say).
 
     Each tensor is written in the dtype it had when the folder was read; one that has not changed since then is copied
-    from there, so that weights held in fewer bits lose none.  The folder appears whole, on the disk, or not at all.
-    Raises ModelError where it cannot be written.
+    from there, so that weights held in fewer bits lose none.  `change` is applied to every tensor before it is written.
+    Raises ModelError where the folder cannot be written.
     """
+    with written_whole(path) as aside:
+        _write(aside, folder, theirs, change)
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A folder to write into, which appears as `path` whole and on the disk, or not at all.  Raises ModelError."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ModelError(
             f"{path} exists and is not an empty folder: a model is never written over another. Choose a new name."
@@ -102,7 +134,7 @@ def save_folder(path: Path, folder: Folder, config: DecoderConfig, weights: Mapp
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        _write(aside, folder, config, weights)
+        yield aside
         for file in aside.iterdir():
             with file.open("rb") as written:
                 os.fsync(written.fileno())
@@ -120,24 +152,17 @@ def save_folder(path: Path, folder: Folder, config: DecoderConfig, weights: Mapp
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _write(aside: Path, folder: Folder, config: DecoderConfig, weights: Mapping[str, Tensor]) -> None:
+def _write(aside: Path, folder: Folder, theirs: Mapping[str, Tensor], change: Change) -> None:
     """Every file of a model folder."""
-    table = rules(config, hugging_face_names(folder.config))
-    source = {part.name: (rule, weights[rule.ours]) for rule in table for part in rule.parts}
-    if config.tied:  # some folders write the head all the same
-        embedding = weights["embedding.weight"]
-        rule = Rule("embedding.weight", (Part("lm_head.weight", tuple(embedding.shape)),))
-        source["lm_head.weight"] = (rule, embedding)
 
     def tensor(entry: Entry) -> Tensor:
-        rule, ours = source[entry.name]
-        held = split(rule, ours.detach())[entry.name]
+        held, dtype = theirs[entry.name], CARRIED[entry.dtype]
         file = None if folder.path is None else folder.path / file_of[entry.name]
-        if held.dtype != DTYPES[entry.dtype] and file is not None and file.is_file():
+        if held.dtype != dtype and file is not None and file.is_file():
             ((_, read),) = tensors(file, [entry.name])
             if read.shape == held.shape and torch.equal(read.to(held.dtype), held.cpu()):
-                return read
-        return held.to(DTYPES[entry.dtype])
+                held = read
+        return change(entry.name, held).to(dtype)
 
     file_of = {entry.name: shard.file for shard in folder.shards for entry in shard.entries}
     for shard in folder.shards:
@@ -150,7 +175,14 @@ def _write(aside: Path, folder: Folder, config: DecoderConfig, weights: Mapping[
         (aside / name).write_bytes(content)
 
 
-def _fill(decoder: Decoder, table: tuple[Rule, ...], shards: tuple[Shard, ...], path: Path, listener: Listener) -> None:
+def _fill(
+    decoder: Decoder,
+    table: tuple[Rule, ...],
+    shards: tuple[Shard, ...],
+    path: Path,
+    listener: Listener,
+    change: Change,
+) -> None:
     """Copy every tensor into its rows of our parameters, one at a time."""
     parameters = dict(decoder.named_parameters())
     place: dict[str, Tensor] = {}
@@ -160,7 +192,7 @@ def _fill(decoder: Decoder, table: tuple[Rule, ...], shards: tuple[Shard, ...], 
     done = 0
     for shard in shards:
         for name, value in tensors(path / shard.file, [e.name for e in shard.entries if e.name in place]):
-            place[name].copy_(value)
+            place[name].copy_(change(name, value))
             done += 1
             listener(Progress(stage="load", done=done, total=len(place)))
     extra = [shard.file for shard in shards for entry in shard.entries if entry.name == "lm_head.weight" not in place]
