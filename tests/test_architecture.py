@@ -4,6 +4,9 @@ A rule is a function from a parsed file to complaints; the table BAD shows that 
 """
 
 import ast
+import re
+import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -36,6 +39,13 @@ FOREIGN = {
 }
 VERB = ("help", "run")  # of every file of rung/cli: rung/cli/main.py says what they do
 EXEMPT = {"rung/lm/foreign.py": {"transformers"}}
+FOR_DEVELOPERS = {"peers", "dev"}  # extras that no user needs
+UNDECLARED = {  # and why
+    "llvmlite",  # numba is made of it
+    "markupsafe",  # jinja2 is
+    "petsc4py",  # compiled for an hour, or the system's: rung/mdp/petsc.py says how to get it
+}
+MODULES = {"pillow": "PIL", "pyyaml": "yaml"}  # where the name of the import differs
 
 
 @dataclass(frozen=True)
@@ -111,6 +121,17 @@ def no_foreign_imports(file: File) -> Iterator[Complaint]:
                 yield node.lineno, "torch.distributed lives in rung/parallel"
 
 
+def only_declared_packages(file: File) -> Iterator[Complaint]:
+    """A person who installs Rung has what pyproject.toml names, and not what the tests' own peers bring along."""
+    if not file.path.startswith(LIBRARIES):
+        return
+    for node in ast.walk(file.tree):
+        for module in _imports(node):
+            package = module.split(".")[0]
+            if package not in {"rung", "", *sys.stdlib_module_names, *_declared(), *UNDECLARED}:
+                yield node.lineno, f"{package} is neither a dependency nor an extra for users in pyproject.toml"
+
+
 def docstrings_on_what_is_public(file: File) -> Iterator[Complaint]:
     if not file.path.startswith(LIBRARIES):
         return
@@ -147,6 +168,10 @@ BAD: dict[Rule, tuple[File, File]] = {
     no_foreign_imports: (
         File("rung/model/a.py", "def f():\n    from transformers import AutoModel"),
         File("rung/report/a.py", "def f():\n    import matplotlib.pyplot"),
+    ),
+    only_declared_packages: (
+        File("rung/a.py", "def f():\n    import psutil"),
+        File("tests/a.py", "import psutil"),
     ),
     docstrings_on_what_is_public: (
         File("rung/a.py", '"""Why."""\ndef f(): ...'),
@@ -188,6 +213,16 @@ def _files() -> tuple[File, ...]:
     folders = [ROOT / name for name in ("rung", "tests", "bench", ".ci")]
     paths = [path for folder in folders for path in sorted(folder.rglob("*.py"))]
     return tuple(File(path.relative_to(ROOT).as_posix(), path.read_text()) for path in paths)
+
+
+@cache
+def _declared() -> frozenset[str]:
+    """What the dependencies, and the extras for users, are imported as."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *(r for name in extras if name not in FOR_DEVELOPERS for r in extras[name])]
+    names = [re.split(r"[^A-Za-z0-9_-]", requirement)[0].lower() for requirement in wanted]
+    return frozenset(MODULES.get(name, name.replace("-", "_")) for name in names)
 
 
 def _dotted(node: ast.AST) -> str:

@@ -5,15 +5,14 @@ from typing import Any
 import numpy as np
 
 from rung.core.errors import ModelError
+from rung.core.memory import available_memory
 
 ROUNDING = 1e-9  # by which the probabilities of a row may sum to more than one
 
 
 def room_for(states: int, *, pairs: int, outcomes: int) -> None:
     """Raises ModelError where so many states, each of so many pairs of so many outcomes, do not fit into memory."""
-    import psutil
-
-    least, free = states * (16 + pairs * (24 + outcomes * 16)), psutil.virtual_memory().available
+    least, free = states * (16 + pairs * (24 + outcomes * 16)), available_memory()
     if least > free:
         raise ModelError(
             f"{states:,} states need at least {least / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free. "

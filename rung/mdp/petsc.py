@@ -6,7 +6,7 @@ Every rank holds a stretch of states with their pairs; a product sends the value
 evaluated by BiCGSTAB from the last values, with incomplete factors of each rank's own block; PETSc's own options
 (`-ksp_type gmres`, `-log_view`) work.  gamma times the weight of every row must be below 1.
 
-Needs petsc4py (pip install petsc petsc4py, which compiles for long; Debian: python3-petsc4py), NumPy, SciPy, psutil.
+Needs petsc4py (pip install petsc petsc4py, which compiles for long; Debian: python3-petsc4py), NumPy, SciPy.
 """
 
 from collections.abc import Callable

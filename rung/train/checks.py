@@ -5,8 +5,9 @@ from rung.core.progress import Listener, silent
 from rung.lm.decoder import Decoder
 from rung.lm.weights.families import from_hugging_face
 from rung.lm.weights.files import COMPANIONS, read_files, read_json
+from rung.lm.weights.hf import Folder
 from rung.lm.weights.sources import locate
-from rung.model.model import Model, new_model
+from rung.model.model import Model
 from rung.tasks.base import Split, Task, problems
 from rung.tasks.load import RewardTask
 from rung.text.pretrained import Tokenizer
@@ -41,4 +42,5 @@ def weightless(recipe: GroupRL, listener: Listener) -> Model:
     raw = read_json(path / "config.json")
     config = from_hugging_face(raw, where=str(path / "config.json"))
     text = Tokenizer.from_files(read_files(path, COMPANIONS), raw, where=str(path))
-    return new_model(Decoder(config, device="meta"), name=recipe.model, text=text)
+    folder = Folder(config=raw, shards=())
+    return Model(decoder=Decoder(config, device="meta"), folder=folder, name=recipe.model, text=text)

@@ -6,15 +6,14 @@ fp32).  Time is the number of floating-point operations over the rate measured h
 limit and every group is learnt from: an upper end, two to three times what a run of short answers takes.
 """
 
-import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from rung.core.errors import ConfigError
+from rung.core.memory import available_memory
 from rung.core.progress import Listener, silent
 from rung.core.words import Problem
 from rung.engine.scheduler import prompt_slots
@@ -32,10 +31,6 @@ from rung.train.session import check_recipe, use_threads
 PROMPTS = 16  # whose tokens are counted
 LIBRARY = 450e6  # bytes: Python, torch and tokenizers, as measured on an idle process
 EFFICIENCY = 0.7  # share of the matrix product's rate that whole forward and backward passes reach
-CGROUP_FILES = {  # controllers in /proc/self/cgroup -> where their groups lie, and names in there; version 2, version 1
-    "": ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
-    "memory": ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-}
 RATE_SIZE, RATE_REPEATS = (512, 2048, 2048), 4
 
 
@@ -159,36 +154,3 @@ def multiply_rate(dtype: torch.dtype) -> float:
 def num_parameters(config: DecoderConfig) -> int:
     """Number of weights, counted on a decoder that holds none."""
     return sum(p.numel() for p in Decoder(config, device="meta").parameters())
-
-
-def available_memory(root: Path = Path("/")) -> float:
-    """Bytes that can still be had without swapping (Linux; elsewhere all that is installed): the machine's, or what
-    the nearest limit of a control group leaves, as a container has one."""
-    try:
-        fields = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines())
-        free = float(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        free = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    return min([free, *_rooms(root)])
-
-
-def _rooms(root: Path) -> Iterator[float]:
-    """What each control group around this process still allows; files that can be dropped are not counted as used."""
-    try:
-        own = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
-    except OSError:
-        return
-    for _, kinds, name in own:
-        if kinds not in CGROUP_FILES:
-            continue
-        top, limit, usage, droppable = CGROUP_FILES[kinds]
-        place = root / top / name.strip("/")
-        for folder in (place, *place.parents):  # in a container the name may be the host's, and only the top be there
-            if not folder.is_relative_to(root / top):
-                break
-            try:
-                used = int((folder / usage).read_text())
-                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                yield float((folder / limit).read_text()) - used + int(stat.get(droppable, 0))
-            except (OSError, ValueError):  # no such file, or no limit: "max"
-                continue

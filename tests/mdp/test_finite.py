@@ -1,7 +1,5 @@
 """Models: the same process from every builder, and bad ones refused with the state, the action and the number."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 
@@ -129,7 +127,7 @@ def test_a_model_that_is_none_is_refused_by_name(make, message):
 
 
 def test_a_billion_states_are_refused_before_the_first_is_made(monkeypatch):
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=24e9))
+    monkeypatch.setattr("rung.mdp.checks.available_memory", lambda: 24e9)
 
     def never():
         raise AssertionError("a batch was asked for")
