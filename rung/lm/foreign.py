@@ -5,6 +5,7 @@ not believed but tried when it is loaded.  `transformers` is handed a config and
 is not safetensors is never opened, code that a folder brings is never run, nothing is fetched.
 """
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from rung.core.progress import Listener, Progress, silent
 from rung.core.records import Layout
 from rung.core.shapes import Tensor
 from rung.lm.weights.families import FAMILIES
-from rung.lm.weights.files import COMPANIONS, INDEX, read_files, read_json, read_shards, tensors
+from rung.lm.weights.files import COMPANIONS, INDEX, Shard, read_files, read_json, read_shards, tensors
 from rung.lm.weights.hf import Change, Export, Folder, unchanged
 from rung.lm.wrapper import ForeignDecoder, Rows
 
@@ -31,6 +32,7 @@ CAPS = ("final_logit_softcapping", "logits_soft_cap")  # names of a soft cap
 SWITCHES = ("auto_map", "fusion_config", "transformers_weights", "quantization_config", "custom_generate")  # not for us
 # relative distance that rounding explains
 NOISE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.05}
+SLACK = 1 << 20  # weights: a model that lacks fewer gets an error that names one
 LOUD = 30.0  # standard deviation of the logits that the head is tried with: a soft cap shows there
 
 
@@ -51,6 +53,7 @@ def load_foreign(
     raw = read_json(path / "config.json")
     kind = _architecture(raw, path)
     shards = read_shards(path)
+    _refuse_larger(kind, shards, path)
     values: dict[str, Tensor] = {}
     total = sum(len(shard.entries) for shard in shards)
     for shard in shards:
@@ -86,9 +89,20 @@ def load_foreign(
 
 def foreign_outline(path: Path) -> ForeignDecoder:
     """The decoder of a folder without its weights, on the device `meta`: its shapes, to be counted."""
-    kind = _architecture(read_json(path / "config.json"), path)
+    return _outline(_architecture(read_json(path / "config.json"), path), path)
+
+
+def _outline(kind: "_Architecture", path: Path) -> ForeignDecoder:
     with _quiet(), _their_errors(path), torch.device("meta"):
         return ForeignDecoder(kind.model(kind.config))
+
+
+def _refuse_larger(kind: "_Architecture", shards: Sequence[Shard], path: Path) -> None:
+    """A config of far more weights than there are would fill the memory before anybody noticed that they lack."""
+    needed = sum(parameter.numel() for parameter in _outline(kind, path).parameters())
+    held = sum(math.prod(entry.shape) for shard in shards for entry in shard.entries)
+    if needed > 2 * held + SLACK:
+        raise ModelError(f"{path}: config.json describes a model of {needed} weights, and the files hold {held}.")
 
 
 @dataclass(frozen=True)

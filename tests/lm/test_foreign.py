@@ -281,6 +281,7 @@ BROKEN = {
     ),
     "misspelt": ("gpt2", {"model_type": "gpt-2"}, "no model family 'gpt-2'. Did you mean 'gpt2'?"),
     "other shapes": ("gpt2", {"n_embd": 27}, "mismatched_keys: "),
+    "far larger than its files": ("gpt2", {"n_embd": 9000}, "weights, and the files hold"),
     "nonsense": ("gpt2", {"n_layer": "two"}, "cannot make this model"),
 }
 
