@@ -4,7 +4,7 @@
                   memory runs out
     namespaces    no network, no sight of other processes, files that can be read but not written (but for a temporary
                   folder in memory); all that was started ends with the first process of the namespace
-    rights        root becomes nobody, and keeps only the right to read: RLIMIT_NPROC does not bind root
+    rights        root becomes nobody, and keeps only the right to read all files: RLIMIT_NPROC does not bind root
 
 Each is tried and none is required: a kernel or a container may refuse.  `confine` says what came of it.  It forks: the
 caller stays outside as a keeper, which ends everything when the parent lets go of its stdin, and then ends as the
@@ -17,6 +17,7 @@ import contextlib
 import ctypes
 import os
 import platform
+import resource
 import select
 import shutil
 import signal
@@ -64,7 +65,7 @@ def confine(limits: Mapping[str, Any], folder: str) -> Facts:
         if serving := os.fork():
             _reap(serving, ending)
     os.close(ending)
-    facts["processes"] = _drop_rights(limits["processes"], folder, own_count=bool(apart & NEW_USER))
+    facts["processes"] = _drop_rights(limits, folder, own_count=bool(apart & NEW_USER))
     _limits(limits)
     return facts
 
@@ -75,8 +76,6 @@ def described(facts: Mapping[str, str]) -> str:
 
 
 def _limits(limits: Mapping[str, Any]) -> None:
-    import resource
-
     for kind, amount in (
         (resource.RLIMIT_AS, limits["memory_bytes"]),
         (resource.RLIMIT_FSIZE, limits["file_bytes"]),
@@ -169,35 +168,33 @@ def _mount(kind: str, place: str, options: bytes | None = None) -> None:
     _call("mount", kind.encode(), place.encode(), kind.encode(), ctypes.c_ulong(NOSUID_NODEV), options)
 
 
-def _drop_rights(processes: int, folder: str, *, own_count: bool) -> str:
+def _drop_rights(limits: Mapping[str, Any], folder: str, *, own_count: bool) -> str:
     """Nothing may be gained by running a program; root becomes nobody who can read.  Says how many may run."""
-    import resource
-
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
     _call("prctl", SET_NO_NEW_PRIVILEGES, 1, 0, 0, 0)
     if os.geteuid() == 0:
         with contextlib.suppress(OSError):
             os.chown(folder, NOBODY, NOBODY)
-        if not _succeeds(_become_nobody):
+        if not _succeeds(lambda: _become_nobody(OVERRIDE if limits["writable"] else READ_ALL)):
             return "not limited"
     uid = os.geteuid()
     others = 0 if own_count and _kernel() >= PER_NAMESPACE else _threads_of(uid)
-    most = others + processes + OWN_PROCESSES
+    most = others + limits["processes"] + OWN_PROCESSES
     resource.setrlimit(resource.RLIMIT_NPROC, (most, most))
     _call("prctl", SET_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)  # it is forgotten where ids change
-    return f"at most {processes}"
+    return f"at most {limits['processes']}"
 
 
-def _become_nobody() -> None:
-    """Raises OSError where that is not allowed, before anything has changed."""
+def _become_nobody(kept: int) -> None:
+    """But for one right of root's.  Raises OSError where that is not allowed, before anything has changed."""
     _call("prctl", SET_KEEP_CAPS, 1, 0, 0, 0)
     with contextlib.suppress(OSError):
         os.setgroups([])
     os.setresgid(NOBODY, NOBODY, NOBODY)
     os.setresuid(NOBODY, NOBODY, NOBODY)
     header = struct.pack("Ii", 0x20080522, 0)
-    for right in (READ_ALL, OVERRIDE):
+    for right in (kept, OVERRIDE):
         bits = 1 << right
         if _succeeds(lambda: _call("capset", header, struct.pack("6I", bits, bits, bits, 0, 0, 0))):  # noqa: B023
             _succeeds(lambda: _call("prctl", AMBIENT, 2, right, 0, 0))  # noqa: B023 (programs that it runs can read too)

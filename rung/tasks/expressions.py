@@ -194,11 +194,11 @@ class Differentiable:
     def _dual(self, node: Node, point: complex) -> tuple[complex, complex]:
         match node:
             case Node("number", (value,)):
-                return complex(value), 0
+                return complex(value), 0j
             case Node("name", (name,)) if name == self.variable:
-                return point, 1
+                return complex(point), 1 + 0j
             case Node("name", (name,)) if name in self.constants:
-                return 1.25, 0
+                return 1.25 + 0j, 0j
             case Node("neg", (inner,)):
                 f, df = self._dual(inner, point)
                 return -f, -df

@@ -36,6 +36,7 @@ BUILT_IN: Mapping[str, str] = {
     "maths": "rung.tasks.maths:Maths",
     "mixture": "rung.tasks.mixture:mixture",
     "rewards": "rung.tasks.rewards:Rewards",
+    "steps": "rung.tasks.steps:Steps",
 }
 FAMILIES: Mapping[str, str] = {"reasoning-gym": "rung.tasks.reasoning"}  # a module whose `named` makes them by name
 WITH_FILES = ("maths", "mixture", "rewards")  # their options name files: `absolute` and `files` in their modules
@@ -81,8 +82,19 @@ def files(name: str, options: Mapping[str, Any]) -> list[Path]:
     """The user's own files behind a task."""
     if name in BUILT_IN or name.partition(":")[0] in FAMILIES:
         return _module_of(name).files(options) if name in WITH_FILES else []
+    path = source_file(name)
+    return [path] if path else []
+
+
+def source_file(name: str) -> Path | None:
+    """The file of the module that a name lies in."""
     path = inspect.getsourcefile(_find(name)[1])
-    return [Path(path)] if path else []
+    return Path(path) if path else None
+
+
+def find_function(name: str) -> Callable[..., Any]:
+    """What `file.py:name` or `module:name` stands for.  Raises TaskError."""
+    return _find(name)[0]
 
 
 def absolute(name: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -20,6 +20,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from enum import Enum
 from functools import lru_cache
 from typing import Any
 
@@ -45,6 +46,7 @@ OWN = {
     "extract": "",
     "system": "",
     "suffix": "",
+    "opening": "",
     "partial": False,
     "must_end": True,
 }
@@ -81,6 +83,7 @@ class Reasoning:
               `whole`
     system:   a system message, "" for none
     suffix:   what is added to every question
+    opening:  how every answer begins, written by the task and not by the model; "" for nothing
     partial:  pay what the data set's own scorer pays for an answer that is not right (some pay 0.01 to 0.05 for every
               text); right is still only what scores 1
     must_end: an answer that was cut off is wrong
@@ -91,8 +94,8 @@ class Reasoning:
     def __init__(self, name: str, options: Mapping[str, Any]):
         self.name = name
         self._options = dict(options)
-        own = {key: decode(type(default), options[key], key) for key, default in OWN.items()}
-        self.system, self.suffix = own["system"], own["suffix"]
+        own = {key: _typed(name, key, default, options[key]) for key, default in OWN.items()}
+        self.system, self.suffix, self.opening = own["system"], own["suffix"], own["opening"]
         self.partial, self.must_end = own["partial"], own["must_end"]
         extract = own["extract"] or ("number" if name in scorers.NUMBERS else "whole")
         if extract not in RULES:
@@ -111,7 +114,11 @@ class Reasoning:
             return self._ask_elsewhere(index)
         entry = self._entry(index)
         question = entry["question"] + (f"\n{self.suffix}" if self.suffix else "")
-        messages = (Message("system", self.system), Message("user", question))
+        messages = (
+            Message("system", self.system),
+            Message("user", question),
+            Message("assistant", self.opening),
+        )
         known = entry["answer"]
         return Problem(
             id=problem_id(f"{PREFIX}{self.name} {_content(entry)}"),
@@ -194,8 +201,20 @@ def _defaults(name: str) -> dict[str, Any]:
     config = _registry()[name]()
     found = {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
     found |= {"seed": 0, "size": MADE_AT_ONCE.get(name, SIZE)}
-    plain = {key: value if isinstance(value, int | float | str) else json.dumps(value) for key, value in found.items()}
-    return {**plain, **OWN}
+    return {**{key: _plain(value) for key, value in found.items()}, **OWN}
+
+
+def _typed(name: str, key: str, default: Any, value: Any) -> Any:
+    """The value, of the kind of the default.  Raises TaskError."""
+    try:
+        return decode(type(default), value, key)
+    except ConfigError as error:
+        raise TaskError(f"{PREFIX}{name}: {error}") from error
+
+
+def _plain(value: Any) -> int | float | str:
+    value = value.value if isinstance(value, Enum) else value
+    return value if isinstance(value, int | float | str) else json.dumps(value)
 
 
 def _made(name: str, options: Mapping[str, Any]) -> Any:
@@ -205,22 +224,37 @@ def _made(name: str, options: Mapping[str, Any]) -> Any:
     defaults, config = _defaults(name), _registry()[name]()
     values = {}
     for key, value in options.items():
-        try:
-            value = decode(type(defaults[key]), value, key)
-        except ConfigError as error:
-            raise TaskError(f"{PREFIX}{name}: {error}") from error
+        value = _typed(name, key, defaults[key], value)
         own = getattr(config, key)
-        if key not in ("seed", "size") and not isinstance(own, int | float | str):
-            try:
-                value = json.loads(value)
-            except ValueError as error:
-                raise TaskError(f"{PREFIX}{name}: {key} is written as JSON, and is {value!r}: {error}") from error
-            value = tuple(value) if isinstance(own, tuple) else value
-        values[key] = value
+        if key in ("seed", "size") or (value != defaults[key] and isinstance(own, int | float | str)):
+            values[key] = _chosen(f"{PREFIX}{name}: {key}", type(own), value) if isinstance(own, Enum) else value
+        elif value != defaults[key]:
+            values[key] = _from_json(f"{PREFIX}{name}: {key}", value, own)
     try:
-        return reasoning_gym.create_dataset(name, **values)
+        with _global_generators(derive_key(PREFIX, name)):
+            return reasoning_gym.create_dataset(name, **values)
     except Exception as error:  # asserts, for the most part
         raise TaskError(f"{PREFIX}{name} refuses its options: {error}") from error
+
+
+def _from_json(what: str, value: str, default: Any) -> Any:
+    """A list or table out of its JSON, of the same kind as the default, and as its members."""
+    try:
+        found = json.loads(value)
+    except ValueError as error:
+        raise TaskError(f"{what} is written as JSON, and is {value!r}: {error}") from error
+    if isinstance(default, list | tuple) and isinstance(found, list):
+        kind = type(default[0]) if default else object
+        found = [_chosen(what, kind, item) for item in found] if issubclass(kind, Enum) else found
+        return tuple(found) if isinstance(default, tuple) else found
+    return found
+
+
+def _chosen(what: str, choices: type[Enum], value: Any) -> Enum:
+    try:
+        return choices(value)
+    except ValueError:
+        raise TaskError(f"{what}: {nearest(str(value), [str(choice.value) for choice in choices])}") from None
 
 
 def _content(entry: Mapping[str, Any]) -> str:

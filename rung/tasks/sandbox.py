@@ -78,6 +78,7 @@ class Grader:
         self._broken = ""  # why the child could not be started again
         self._child = _Child(self._setup, self._limits)
         self.isolation = described(self._child.facts)
+        self.lacking = lacking(self._child.facts, self._limits)
 
     def grade(self, answers: Sequence[Answer]) -> list[Grade]:
         """One grade per answer.  An answer that fails the verifier is judged by the problem's known-good answer."""
@@ -294,6 +295,26 @@ class _Child:
         last = self._tail.decode(errors="replace").strip().rpartition("\n")[2]
         reason = f"the verifier's process ended {cause}" + (f", after {last!r}" if last else "")
         return _Failure(reason, None if code == -signal.SIGXCPU else self)  # SIGXCPU: its computing time was up
+
+
+def isolation(limits: Limits) -> str:
+    """How a grading child is confined here, on one line: a property of this machine, whatever the task."""
+    child = _Child({"task": "arithmetic", "options": {}, "folder": str(Path.cwd())}, limits)
+    child.kill()
+    return described(child.facts)
+
+
+def lacking(facts: Mapping[str, str], limits: Limits) -> str:
+    """What was asked for and the kernel here refuses, as a sentence; "" where nothing is missing."""
+    asked = {"processes": f"at most {limits.processes}", "network": "open" if limits.network else "none"}
+    asked["files"] = "writable" if limits.writable else "read-only"
+    missing = [f"{name} {facts[name]}" for name, wanted in asked.items() if facts[name] != wanted]
+    return (
+        f"the kernel or container here does not let the grading child be confined as it should be ({', '.join(missing)}): "
+        "a verifier that runs a model's text as a program needs a container around the whole run"
+        if missing
+        else ""
+    )
 
 
 def _environment(folder: str) -> dict[str, str]:

@@ -96,7 +96,7 @@ def open_session(recipe: GroupRL, run: RunDir, since: int, phase: "PhaseLog", li
     """
     with ExitStack() as stack:
         task = load_task(recipe.task.name, recipe.task.options)
-        grader = stack.enter_context(Grader(recipe.task.name, recipe.task.options))
+        grader = stack.enter_context(Grader(recipe.task.name, recipe.task.options, recipe.grading))
         model = load(recipe.model, dtype="fp32", listener=listener)
         sampling = Sampling(
             max_tokens=recipe.max_tokens, temperature=recipe.temperature, stop_ids=model.tokenizer.eos_ids

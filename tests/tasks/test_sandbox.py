@@ -137,7 +137,7 @@ def test_where_no_answer_is_known_good_an_empty_one_shows_whether_the_verifier_w
 
 
 def test_a_child_lost_by_accident_costs_no_grade(place, tmp_path):
-    with Grader(place, {"marks": str(tmp_path / "died")}, Limits(seconds=5.0)) as grader:
+    with Grader(place, {"marks": str(tmp_path / "died")}, Limits(seconds=5.0, writable=True)) as grader:
         grades = grader.grade(ask(place, (CAT, "tac"), (CAT, "die once"), (CAT, "tac")))
     assert (tmp_path / "died").exists()
     assert grades == [Grade(score=1.0, right=True), Grade(score=0.0), Grade(score=1.0, right=True)]
