@@ -123,13 +123,11 @@ def means_the_same(gold: str, given: str) -> bool:
 
 
 def _read(written: str) -> list[Any]:
-    """As what stands in a box, and where that gives no formula, as a text with one."""
+    """As what stands in a box: all of it must be a formula.  Out of a plain text math-verify would pick a number."""
     parse, _ = _library()
-    for text in (f"\\boxed{{{written.strip('$ ')}}}", written):
-        found = parse(text, parsing_timeout=SECONDS)
-        if any(not isinstance(item, str) for item in found):
-            return found
-    return []
+    formula = written.strip("$ \n").rstrip(".").replace("**", "^")
+    found = parse(f"\\boxed{{{formula}}}", parsing_timeout=SECONDS)
+    return found if any(not isinstance(item, str) for item in found) else []
 
 
 def absolute(options: Mapping[str, Any]) -> dict[str, Any]:
