@@ -174,7 +174,9 @@ def _with_task(recipe: GroupRL, args: Sequence[str]) -> GroupRL:
 
     Another task has other options, so none of the recipe's are kept.
     """
-    names, data, rewards = (_typed(args, flag) for flag in (Option(path=TASK_NAME, kind=str).flag, "--data", "--reward"))
+    names, data, rewards = (
+        _typed(args, flag) for flag in (Option(path=TASK_NAME, kind=str).flag, "--data", "--reward")
+    )
     if rewards and not data:
         raise ConfigError("--reward judges answers to the questions of a file: give it with --data FILE.jsonl.")
     if data and names:

@@ -1,7 +1,7 @@
-"""Your own questions: a file of JSON lines, judged by math-verify or by functions of your own (docs/guide/your_task.md).
+"""Your own questions: JSON lines, judged by math-verify or by functions of your own (docs/guide/your_task.md).
 
-    rung train grpo --model MODEL --data questions.jsonl
-    rung train grpo --model MODEL --data questions.jsonl --reward rewards.py:correct --reward rewards.py:short=0.2
+rung train grpo --model MODEL --data questions.jsonl
+rung train grpo --model MODEL --data questions.jsonl --reward rewards.py:correct --reward rewards.py:short=0.2
 """
 
 from rung.train.config import METHODS, GroupRL, Optim, TaskSpec

@@ -1,4 +1,4 @@
-"""Sums whose every running total must be written down: the working is judged with the answer (`rung/tasks/steps.py`)."""
+"""Sums whose every running total must be written down: working and answer are judged (`rung/tasks/steps.py`)."""
 
 from rung.train.config import METHODS, GroupRL, Optim, TaskSpec
 
@@ -10,7 +10,7 @@ def working() -> GroupRL:
     """
     return GroupRL(
         name="working",
-        task=TaskSpec(name="steps", options={"digits": 2, "terms": 3, "examples": 2}),
+        task=TaskSpec(name="steps", options={"largest": 20, "terms": 3, "examples": 2}),
         num_steps=150,
         prompts_per_step=16,
         samples_per_prompt=8,

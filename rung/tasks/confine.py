@@ -232,7 +232,9 @@ def _keep(first: int, report: int, folder: str) -> NoReturn:
     watch.register(os.pidfd_open(first), select.POLLIN)
     watch.poll()
     with contextlib.suppress(ProcessLookupError):
-        os.kill(first, signal.SIGKILL) if os.waitid(os.P_PID, first, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None else 0
+        os.kill(first, signal.SIGKILL) if os.waitid(
+            os.P_PID, first, os.WEXITED | os.WNOHANG | os.WNOWAIT
+        ) is None else 0
     _, status = os.waitpid(first, 0)
     if told := os.read(report, 4) if _ready(report) else b"":
         (status,) = struct.unpack("i", told)

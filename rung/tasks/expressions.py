@@ -71,9 +71,7 @@ def _node(tree: ast.AST, functions: frozenset[str], depth: int) -> Node:
         case ast.UnaryOp(op=ast.USub(), operand=inner):
             return Node("neg", (_node(inner, functions, depth + 1),))
         case ast.BinOp(op=op, left=left, right=right) if type(op) in OPERATORS:
-            return Node(
-                OPERATORS[type(op)], (_node(left, functions, depth + 1), _node(right, functions, depth + 1))
-            )
+            return Node(OPERATORS[type(op)], (_node(left, functions, depth + 1), _node(right, functions, depth + 1)))
         case ast.Call(func=ast.Name(id=name), args=[inner], keywords=[]) if name in functions:
             return Node(name, (_node(inner, functions, depth + 1),))
     raise NoFormula(f"{type(tree).__name__} has no place in a formula")
@@ -130,7 +128,8 @@ def _expand(node: Node) -> dict[Monomial, Fraction]:
         case Node("/", (left, Node("number", (value,)))) if value:
             return _product(_expand(left), {(): 1 / value})
         case Node("**", (base, Node("number", (power,)))) if power.denominator == 1 and 0 <= power <= DEGREE:
-            found, terms = {(): Fraction(1)}, _expand(base)
+            found: dict[Monomial, Fraction] = {(): Fraction(1)}
+            terms = _expand(base)
             for _ in range(int(power)):
                 found = _product(found, terms)
             return found

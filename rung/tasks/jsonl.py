@@ -53,7 +53,9 @@ def read(path: str, columns: Columns) -> tuple[Row, ...]:
         if line.strip()
     ]
     if not tables:
-        raise TaskError(f"{path} has no questions: every line is a JSON table such as {{'question': ..., 'answer': ...}}")
+        raise TaskError(
+            f"{path} has no questions: every line is a JSON table such as {{'question': ..., 'answer': ...}}"
+        )
     first = tables[0][1]
     question = columns.question or _column(first, QUESTIONS, "question", path)
     answer = columns.answer or _column(first, ANSWERS, "answer", path, optional=True)
@@ -109,9 +111,7 @@ def _column(table: Mapping[str, Any], usual: tuple[str, ...], what: str, path: s
     )
 
 
-def _row(
-    table: Mapping[str, Any], number: int, question: str, answer_column: str, columns: Columns, where: str
-) -> Row:
+def _row(table: Mapping[str, Any], number: int, question: str, answer_column: str, columns: Columns, where: str) -> Row:
     for name in (question, *([answer_column] if answer_column and columns.needs_answer else [])):
         if name not in table:
             raise TaskError(f"{where} has no {name!r}. {nearest(name, table) if table else 'It is empty.'}")
@@ -121,7 +121,9 @@ def _row(
         *turns, last = turns
         answer, asked = last.content, asked[:-1]
     if not turns or turns[-1].role == "assistant" or not turns[-1].content.strip():
-        raise TaskError(f"{where}: {question!r} must end with something that is asked, and is {_shown(table[question])}")
+        raise TaskError(
+            f"{where}: {question!r} must end with something that is asked, and is {_shown(table[question])}"
+        )
     if isinstance(answer, int | float) and not isinstance(answer, bool):
         answer = str(answer)
     if not isinstance(answer, str | None) or (columns.needs_answer and not (answer or "").strip()):

@@ -1,4 +1,4 @@
-"""A task by name: built in (`arithmetic`, `reasoning-gym:chain_sum`), importable (`package.module:name`), or in one file
+"""A task by name: built in (`arithmetic`, `reasoning-gym:chain_sum`), importable (`package.module:name`), or in a file
 (`file.py:name`).
 
 The name is that of a Task class, of a function that returns a Task, or of a bare reward function beside a list:

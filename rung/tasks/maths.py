@@ -18,7 +18,7 @@ from rung.tasks.extract import LONGEST_TEXT, RULES, Allowed, final
 from rung.tasks.jsonl import Columns, Row, problem_of, read
 
 # What a formula is written with; a number of more digits, or a tower of powers, is no answer but an attack.
-ALLOWED = Allowed(300, re.compile(r"[0-9A-Za-z +\-*/^_=<>|!%$.,:;(){}\[\]\\'°π∞√±≤≥∪∩·×−\n]*"))
+ALLOWED = Allowed(300, re.compile(r"[0-9A-Za-z +\-*/^_=<>|!%$.,:;(){}\[\]\\'°π∞√±≤≥∪∩·×−\n]*"))  # noqa: RUF001 (these signs are meant)
 TOO_MUCH = re.compile(
     r"[0-9]{60}"
     r"|(?:\^|\*\*)\s*\{?\s*\(?-?[0-9]{4}"  # a power above 999
@@ -55,7 +55,9 @@ class Maths:
     def __post_init__(self) -> None:
         _library()
         if not self.data:
-            raise TaskError("the task maths needs `data`, a file of JSON lines (on the command line: --data FILE.jsonl)")
+            raise TaskError(
+                "the task maths needs `data`, a file of JSON lines (on the command line: --data FILE.jsonl)"
+            )
         assert self._rows
 
     @cached_property

@@ -99,11 +99,15 @@ def _parts(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     for key, value in options.items():
         name, dot, option = key.partition(".")
         if not dot or not name or not option:
-            raise TaskError(f"an option of a mixture is written PART.OPTION (sums.task, sums.weight), and this is {key!r}")
+            raise TaskError(
+                f"an option of a mixture is written PART.OPTION (sums.task, sums.weight), and this is {key!r}"
+            )
         found.setdefault(name, {})[option] = value
     for name, own in found.items():
         if not isinstance(own.get("task"), str):
-            raise TaskError(f"the part {name} of a mixture needs {name}.task, the name of a task; it has {', '.join(own)}")
+            raise TaskError(
+                f"the part {name} of a mixture needs {name}.task, the name of a task; it has {', '.join(own)}"
+            )
     if len(found) < 2:
         raise TaskError("a mixture needs at least two parts: sums.task = ..., chains.task = ...")
     return found

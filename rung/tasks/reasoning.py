@@ -197,11 +197,12 @@ def _registry() -> dict[str, type]:
 
 
 def _defaults(name: str) -> dict[str, Any]:
-    """Every option with its default: a number, a word, or JSON."""
+    """Every option with its default: a number, a word, or JSON; what is none of them cannot be set."""
     config = _registry()[name]()
     found = {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
     found |= {"seed": 0, "size": MADE_AT_ONCE.get(name, SIZE)}
-    return {**{key: _plain(value) for key, value in found.items()}, **OWN}
+    plain = {key: _plain(value) for key, value in found.items()}
+    return {**{key: value for key, value in plain.items() if value is not None}, **OWN}
 
 
 def _typed(name: str, key: str, default: Any, value: Any) -> Any:
@@ -212,9 +213,12 @@ def _typed(name: str, key: str, default: Any, value: Any) -> Any:
         raise TaskError(f"{PREFIX}{name}: {error}") from error
 
 
-def _plain(value: Any) -> int | float | str:
+def _plain(value: Any) -> int | float | str | None:
     value = value.value if isinstance(value, Enum) else value
-    return value if isinstance(value, int | float | str) else json.dumps(value)
+    try:
+        return value if isinstance(value, int | float | str) else json.dumps(value)
+    except TypeError:
+        return None
 
 
 def _made(name: str, options: Mapping[str, Any]) -> Any:
@@ -244,7 +248,7 @@ def _from_json(what: str, value: str, default: Any) -> Any:
     except ValueError as error:
         raise TaskError(f"{what} is written as JSON, and is {value!r}: {error}") from error
     if isinstance(default, list | tuple) and isinstance(found, list):
-        kind = type(default[0]) if default else object
+        kind: Any = type(default[0]) if default else object
         found = [_chosen(what, kind, item) for item in found] if issubclass(kind, Enum) else found
         return tuple(found) if isinstance(default, tuple) else found
     return found

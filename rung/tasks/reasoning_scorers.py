@@ -31,6 +31,7 @@ RUN_AS_CODE = (
 )
 WRONG_ANSWERS_PAID: Mapping[str, str] = {
     "coin_flip": "0 is right for every probability below 1/10000",
+    "complex_arithmetic": "nan is right",
     "decimal_arithmetic": "a last digit that is one off is right",
     "figlet_font": "ten right letters are right, whatever follows",
     "game_of_life": "rows and cells too many do not count",
@@ -65,7 +66,7 @@ FOLDED = (  # upper and lower case are alike
     *("syllogism", "tsumego", "zebra_puzzles"),
 )
 THEIRS = (
-    *("advanced_geometry", "arc_agi", "bitwise_arithmetic", "boxnet", "complex_arithmetic", "cryptarithm"),
+    *("advanced_geometry", "arc_agi", "bitwise_arithmetic", "boxnet", "cryptarithm"),
     *("fraction_simplification", "graph_color", "group_anagrams", "jugs", "kakurasu", "knight_swap"),
     *("knights_knaves", "palindrome_generation", "palindrome_partitioning", "power_function"),
     *("prime_factorization", "quantum_lock", "rearc", "rubiks_cube", "shortest_path", "survo", "time_intervals"),
@@ -147,6 +148,11 @@ def _coins(data: Any, answer: str, entry: Mapping[str, Any]) -> float:
     return float(abs(parts[0] / parts[1] - right) <= COIN_TOLERANCE * right)
 
 
+def _complex(data: Any, answer: str, entry: Mapping[str, Any]) -> float:
+    """Theirs, of digits, signs and i."""
+    return theirs(data, answer, entry) if re.fullmatch(r"[0-9+\-.ij ]+", answer) else 0.0
+
+
 def _decimals(data: Any, answer: str, entry: Mapping[str, Any]) -> float:
     """To as many decimals as are asked for: half a unit of the last."""
     given, right = plain_number(answer), Fraction(Decimal(entry["answer"]))
@@ -193,7 +199,9 @@ def _roots(data: Any, answer: str, entry: Mapping[str, Any]) -> float:
 def _conclusion(data: Any, answer: str, entry: Mapping[str, Any]) -> float:
     """Theirs, but a premise that is only repeated is none."""
     bare = "".join(answer.split())
-    return theirs(data, answer, entry) if bare not in {"".join(p.split()) for p in entry["metadata"]["premises"]} else 0.0
+    return (
+        theirs(data, answer, entry) if bare not in {"".join(p.split()) for p in entry["metadata"]["premises"]} else 0.0
+    )
 
 
 def _countdown(data: Any, answer: str, entry: Mapping[str, Any]) -> float:
@@ -282,6 +290,7 @@ SCORERS: Mapping[str, Scorer] = {
     **dict.fromkeys(THEIRS, theirs),
     "codeio": _json,
     "coin_flip": _coins,
+    "complex_arithmetic": _complex,
     "countdown": _countdown,
     "decimal_arithmetic": _decimals,
     "game_of_life": _json,

@@ -64,7 +64,9 @@ class Rewards:
 
     def __post_init__(self) -> None:
         if not self.data:
-            raise TaskError("the task rewards needs `data`, a file of JSON lines (on the command line: --data FILE.jsonl)")
+            raise TaskError(
+                "the task rewards needs `data`, a file of JSON lines (on the command line: --data FILE.jsonl)"
+            )
         assert self._rows
         for reward in self._functions:
             _check(reward, self._rows[0])
@@ -156,7 +158,10 @@ def _check(reward: Reward, row: Row) -> None:
         return
     known = {"prompts", "completions", "log_extra", "log_metric", *row.table} - set(NOT_COLUMNS)
     for parameter in inspect.signature(reward.function).parameters.values():
-        if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL) or parameter.default is not parameter.empty:
+        if (
+            parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+            or parameter.default is not parameter.empty
+        ):
             continue
         if parameter.name in NOT_HERE:
             raise TaskError(

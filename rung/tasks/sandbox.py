@@ -13,8 +13,8 @@ import contextlib
 import json
 import os
 import select
-import signal
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -310,7 +310,7 @@ def lacking(facts: Mapping[str, str], limits: Limits) -> str:
     asked["files"] = "writable" if limits.writable else "read-only"
     missing = [f"{name} {facts[name]}" for name, wanted in asked.items() if facts[name] != wanted]
     return (
-        f"the kernel or container here does not let the grading child be confined as it should be ({', '.join(missing)}): "
+        f"the kernel or container here does not let the grading child be confined as asked ({', '.join(missing)}): "
         "a verifier that runs a model's text as a program needs a container around the whole run"
         if missing
         else ""

@@ -4,9 +4,9 @@
                                 19 + 30 = 49
                                 Answer: 49
 
-An answer is right when all running totals stand in it, each in an equation that is true and in their order, what follows
-the last "Answer:" is the sum, and the text ended by itself.  The working is judged, not only its end: a sum that was
-guessed is wrong.  Examples of the form, with sums of their own, stand before every question as turns of the conversation.
+An answer is right when all running totals stand in it, each in an equation that is true and in their order, what
+follows the last "Answer:" is the sum, and the text ended by itself.  The working is judged, not only its end: a sum
+that was guessed is wrong.  Examples of the form, with sums of their own, stand before every question as turns.
 """
 
 import re
@@ -27,22 +27,22 @@ PROMPT = "What is {expression}? Write down every step, then the answer."
 
 @dataclass(frozen=True, kw_only=True)
 class Steps:
-    """All sums of `terms` numbers of exactly `digits` digits; `examples` worked ones stand before each question."""
+    """All sums of `terms` numbers from 1 to `largest`; `examples` worked ones stand before each question."""
 
-    digits: int = 1
-    terms: int = 4
+    largest: int = 20
+    terms: int = 3
     examples: int = 2
     system: str = ""
 
     def __post_init__(self) -> None:
-        if not (1 <= self.digits <= 4 and 2 <= self.terms <= 8 and 0 <= self.examples <= 8):
+        if not (2 <= self.largest <= 9999 and 2 <= self.terms <= 4 and 0 <= self.examples <= 8):
             raise TaskError(
-                f"steps needs 1 to 4 digits, 2 to 8 terms and at most 8 examples, and got {self.digits} digits, "
-                f"{self.terms} terms and {self.examples} examples"
+                "steps needs numbers up to 2 at least and 9999 at most, 2 to 4 terms and at most 8 examples, and got "
+                f"numbers up to {self.largest}, {self.terms} terms and {self.examples} examples"
             )
 
     def __len__(self) -> int:
-        return (9 * 10 ** (self.digits - 1)) ** self.terms
+        return self.largest**self.terms
 
     def problem(self, index: int) -> Problem:
         numbers = self._numbers(index)
@@ -65,11 +65,10 @@ class Steps:
         return [_grade(answer) for answer in answers]
 
     def _numbers(self, index: int) -> list[int]:
-        low = 10 ** (self.digits - 1)  # no zeros: a step that adds nothing is no working
         numbers = []
         for _ in range(self.terms):
-            index, number = divmod(index, 9 * low)
-            numbers.append(low + number)
+            index, number = divmod(index, self.largest)
+            numbers.append(number + 1)  # no zeros: a step that adds nothing is no working
         return numbers
 
 

@@ -1,4 +1,4 @@
-"""The grading child: `python -m rung.tasks.worker LIMITS`.  It runs a verifier, one answer at a time, and may die of it.
+"""The grading child: `python -m rung.tasks.worker LIMITS`.  It runs a verifier on one answer at a time; it may die.
 
 In, on stdin, JSON lines: first {"task", "options", "folder"}, then {"answers": [...]}.
 Out, on what was stdout: {"ready": facts} or {"error": ...}; then a line per answer in order, {"grade"} or {"error"}.

@@ -1,5 +1,6 @@
 """Attacks on every scorer: bounded in time, never right, never a crash, and nothing is run."""
 
+import contextlib
 import json
 import time
 
@@ -7,6 +8,7 @@ import pytest
 
 from rung.core.words import Answer
 from rung.tasks import reasoning
+from rung.tasks.arithmetic import last_number
 from rung.tasks.expressions import NoFormula, polynomial, rational
 from rung.tasks.extract import RULES
 from rung.tasks.load import load_task
@@ -69,7 +71,8 @@ def attacked(name, options, indices=(0,), texts=TEXTS, most=60.0):
         seen = (answer.problem.task, answer.problem.messages[-1].content[:200], answer.text[:40], grade)
         assert grade.known, seen
         assert not grade.error, seen
-        assert not grade.right or answer.text.strip() in (answer.problem.answer, ""), seen
+        # the last number of an attack may be the answer: then it is right, and nothing else about it is
+        assert not grade.right or last_number(answer.text) == last_number(answer.problem.answer), seen
         assert grade.score == 0.0 or grade.right, seen
 
 
@@ -98,17 +101,18 @@ def test_rewards_withstand_every_attack(data, tmp_path):
     attacked("rewards", {"data": data, "rewards": f"{tmp_path}/r.py:f, {tmp_path}/r.py:g"})
 
 
-@pytest.mark.parametrize("name", ["countdown", "puzzle24", "polynomial_multiplication", "simple_integration", "n_queens"])
+@pytest.mark.parametrize(
+    "name", ["countdown", "puzzle24", "polynomial_multiplication", "simple_integration", "n_queens"]
+)
 def test_scorers_that_replace_those_that_ran_answers_as_code_withstand_every_attack(name):
     pytest.importorskip("reasoning_gym")
     attacked(f"{reasoning.PREFIX}{name}", {})
 
 
 @pytest.mark.slow
-def test_every_data_set_of_reasoning_gym_withstands_every_attack(monkeypatch):
+def test_every_data_set_of_reasoning_gym_withstands_every_attack():
     """All in one child, as a mixture."""
     pytest.importorskip("reasoning_gym")
-    monkeypatch.setenv("PYTHONHASHSEED", reasoning.HASH_SEED)
     for names in (sorted(reasoning._registry())[start::4] for start in range(4)):
         options = {f"{name}.task": f"{reasoning.PREFIX}{name}" for name in names if name != "composite"}
         task = load_task("mixture", options)
@@ -120,10 +124,8 @@ def test_every_data_set_of_reasoning_gym_withstands_every_attack(monkeypatch):
 def test_a_formula_is_read_in_bounded_time_or_not_at_all(attack):
     for read in (rational, polynomial):
         began = time.process_time()
-        try:
+        with contextlib.suppress(NoFormula):
             read(ATTACKS[attack])
-        except NoFormula:
-            pass
         assert time.process_time() - began < 1.0
 
 

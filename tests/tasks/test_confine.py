@@ -26,13 +26,16 @@ def grade(**parts):
 def reward(problem, text):
     match text:
         case "environment":
-            kept = {"PATH", "HOME", "TMPDIR", "PYTHONHASHSEED", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "LC_CTYPE"}
+            kept = {"PATH", "HOME", "TMPDIR", "PYTHONHASHSEED", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH"}
+            kept |= {"LANG", "LC_ALL", "LC_CTYPE"}
             strange = [name for name in os.environ if name not in kept and not name.endswith("_NUM_THREADS")]
-            return grade(strange=len(strange), home=os.getcwd() == os.environ["HOME"] == os.environ["TMPDIR"], loaded=LOADED_IN != os.getcwd())
+            home = os.getcwd() == os.environ["HOME"] == os.environ["TMPDIR"]
+            return grade(strange=len(strange), home=home, loaded=LOADED_IN != os.getcwd())
         case "network":
             with socket.socket() as connection:
                 connection.settimeout(1)
-                return grade(errno=connection.connect_ex(("127.0.0.1", int(open(os.path.dirname(__file__) + "/port").read()))))
+                port = int(open(os.path.dirname(__file__) + "/port").read())
+                return grade(errno=connection.connect_ex(("127.0.0.1", port)))
         case "write here":
             open("mine", "w").write("x")
             return grade(size=os.stat("mine").st_size)
@@ -239,7 +242,7 @@ def test_what_is_missing_is_said_in_a_sentence():
 
 
 def test_a_limit_that_is_none_is_refused():
-    with pytest.raises(ConfigError, match="seconds of grading must be positive, and is 0.0"):
+    with pytest.raises(ConfigError, match=r"seconds of grading must be positive, and is 0\.0"):
         Limits(seconds=0.0)
 
 

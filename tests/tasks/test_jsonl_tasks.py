@@ -32,20 +32,44 @@ GOOD = {"question": "1 + 1?", "answer": "2"}
 BAD_FILES = {
     "not UTF-8": ([GOOD, b'{"question": "\xff"}'], "line 2 is not UTF-8: byte 15 is 0xff"),
     "not JSON": ([GOOD, b"", b"{question: 1}"], "line 3 is not JSON: Expecting property name"),
-    "a name twice": ([b'{"question": "a", "question": "b"}'], "line 1 is not JSON: the name 'question' stands in it twice"),
+    "a name twice": (
+        [b'{"question": "a", "question": "b"}'],
+        "line 1 is not JSON: the name 'question' stands in it twice",
+    ),
     "a number that is none": ([b'{"question": "a", "answer": NaN}'], "line 1 is not JSON: NaN is no JSON"),
     "half a character": ([b'{"question": "\\ud800", "answer": "1"}'], "line 1 holds half of a surrogate pair"),
     "no table": ([GOOD, b"[1]"], "line 2 must be a table of names and values, and is [1]"),
     "deep": ([b"[" * 100_000], "line 1 is not JSON"),
-    "a missing question": ([GOOD, {"qestion": "x", "answer": "1"}], "line 2 has no 'question'. Did you mean 'qestion'?"),
+    "a missing question": (
+        [GOOD, {"qestion": "x", "answer": "1"}],
+        "line 2 has no 'question'. Did you mean 'qestion'?",
+    ),
     "a missing answer": ([GOOD, {"question": "x"}], "line 2 has no 'answer'. Known: question."),
-    "an empty answer": ([{"question": "x", "answer": " "}], "line 1: the answer must be a text or a number, and is ' '"),
+    "an empty answer": (
+        [{"question": "x", "answer": " "}],
+        "line 1: the answer must be a text or a number, and is ' '",
+    ),
     "an answer that is a list": ([{"question": "x", "answer": [1]}], "line 1: the answer must be a text or a number"),
-    "an empty question": ([{"question": " ", "answer": "1"}], "line 1: 'question' must end with something that is asked"),
-    "a question that is a number": ([{"question": 1, "answer": "1"}], "'question' must be a text or a list of messages"),
-    "an odd message": ([{"messages": [{"role": "boss", "content": "x"}], "answer": "1"}], "a message has a role (system,"),
-    "two questions": ([{"question": "a", "prompt": "b", "answer": "1"}], "has the columns question and prompt: name the"),
-    "no question": ([{"text": "a", "answer": "1"}], "needs a column question, prompt or messages, or the option `question`"),
+    "an empty question": (
+        [{"question": " ", "answer": "1"}],
+        "line 1: 'question' must end with something that is asked",
+    ),
+    "a question that is a number": (
+        [{"question": 1, "answer": "1"}],
+        "'question' must be a text or a list of messages",
+    ),
+    "an odd message": (
+        [{"messages": [{"role": "boss", "content": "x"}], "answer": "1"}],
+        "a message has a role (system,",
+    ),
+    "two questions": (
+        [{"question": "a", "prompt": "b", "answer": "1"}],
+        "has the columns question and prompt: name the",
+    ),
+    "no question": (
+        [{"text": "a", "answer": "1"}],
+        "needs a column question, prompt or messages, or the option `question`",
+    ),
     "a duplicate": ([GOOD, {"question": "2?", "answer": "2"}, GOOD], "lines 1 and 3 ask the same with one answer"),
     "a contradiction": ([GOOD, {**GOOD, "answer": "3"}], "lines 1 and 2 ask the same with two answers, '2' and '3'"),
     "a split that is none": ([{**GOOD, "split": "test"}], "a problem's split must be train, validation or held_out"),
@@ -215,9 +239,13 @@ def test_the_words_and_columns_are_those_that_trl_hands_over(data, functions, tm
     source = inspect.getsource(grpo.GRPOTrainer._calculate_rewards)
     assert "prompts=prompts, completions=completions, completion_ids=completion_ids_list, **reward_kwargs" in source
     assert '["prompt", "completion", "completion_ids"]' in source
-    given = {word for word in ("trainer_state", "log_extra", "log_metric", "environments") if f'kwargs["{word}"]' in source}
+    given = {
+        word for word in ("trainer_state", "log_extra", "log_metric", "environments") if f'kwargs["{word}"]' in source
+    }
     assert given == {"trainer_state", "log_extra", "log_metric", "environments"}
-    task = load_task("rewards", {"data": data({"prompt": "1 + 1?", "answer": "2", "x": [1]}), "rewards": functions("correct")})
+    task = load_task(
+        "rewards", {"data": data({"prompt": "1 + 1?", "answer": "2", "x": [1]}), "rewards": functions("correct")}
+    )
     graded(task, 0, "2")
     seen = task._functions[0].function.__globals__["seen"]
     assert seen == [(["1 + 1?"], ["2"], ["2"], ["log_extra", "log_metric", "x"])]
@@ -241,7 +269,9 @@ def test_functions_are_checked_before_a_run(names, message, data, functions):
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize(("name", "message"), [("two", "one reward per completion"), ("endless", "must be a finite number")])
+@pytest.mark.parametrize(
+    ("name", "message"), [("two", "one reward per completion"), ("endless", "must be a finite number")]
+)
 def test_what_is_no_reward_is_the_verifiers_failure(name, message, data, functions):
     with pytest.raises(TaskError, match=message):
         rewarded(data, functions(name), "2")
@@ -258,6 +288,7 @@ def mixed(data, functions):
         "mine.rewards": functions("correct"),
         "long.task": "steps",
         "long.weight": 0.5,
+        "long.largest": 9,
     }
 
 
@@ -296,8 +327,14 @@ def test_a_mixture_hands_answers_to_the_part_they_belong_to_and_keeps_splits(dat
         ({"task": "arithmetic"}, "is written PART.OPTION (sums.task, sums.weight), and this is 'task'"),
         ({"a.digits": 2}, "the part a of a mixture needs a.task, the name of a task; it has digits"),
         ({"a.task": "arithmetic"}, "a mixture needs at least two parts"),
-        ({"a.task": "arithmetic", "b.task": "arithmetic", "b.digit": 2}, "the part b of the mixture: the task arithmetic has no option 'digit'"),  # noqa: E501
-        ({"a.task": "arithmetic", "b.task": "arithmetic", "b.weight": 0}, "b.weight must be a positive number, and is 0"),
+        (
+            {"a.task": "arithmetic", "b.task": "arithmetic", "b.digit": 2},
+            "the part b of the mixture: the task arithmetic has no option 'digit'",
+        ),
+        (
+            {"a.task": "arithmetic", "b.task": "arithmetic", "b.weight": 0},
+            "b.weight must be a positive number, and is 0",
+        ),
     ],
 )
 def test_the_parts_of_a_mixture_are_checked(options, message):

@@ -116,7 +116,12 @@ BAD = {
     "a value that is refused": (None, "arithmetic", {"digits": 0}, "needs 1 to 15 digits"),
     "an unknown module": (None, "no_such_module:x", {}, "No module named 'no_such_module'"),
     "a missing file": (None, "/nowhere/mine.py:x", {}, "there is no task file /nowhere/mine.py"),
-    "a name without a part": (None, "mine.py", {}, "no task is called 'mine.py'. Known: arithmetic, maths, mixture, reasoning-gym:..., rewards, steps. Your own is named"),
+    "a name without a part": (
+        None,
+        "mine.py",
+        {},
+        "'mine.py'. Known: arithmetic, maths, mixture, reasoning-gym:..., rewards, steps. Your own is named",
+    ),
     "a misspelt name": (REWARD, "rewrd", {}, "mine.py has no 'rewrd'. Did you mean 'reward'?"),
     "a file that raises": ("x = 1\ny = [\n    x / 0]\n", "y", {}, "ZeroDivisionError: division by zero ("),
     "the line where it raises": ("x = 1\ndef f():\n    return x / 0\nf()\n", "f", {}, "line 3: return x / 0)"),
