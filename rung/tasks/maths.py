@@ -133,10 +133,12 @@ def _read(written: str) -> list[Any]:
 
 
 def absolute(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with the full paths of files (`load.absolute`)."""
     return {**options, "data": str(Path(options["data"]).resolve())} if "data" in options else dict(options)
 
 
 def files(options: Mapping[str, Any]) -> list[Path]:
+    """The user's own files that the options name (`load.files`)."""
     return [Path(options["data"])]
 
 

@@ -114,6 +114,7 @@ def _parts(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def absolute(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with the full paths of files (`load.absolute`)."""
     found: dict[str, Any] = {}
     for name, own in _parts(options).items():
         rest = {key: value for key, value in own.items() if key not in OWN}
@@ -124,6 +125,7 @@ def absolute(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def files(options: Mapping[str, Any]) -> list[Path]:
+    """The user's own files that the options name (`load.files`)."""
     found: list[Path] = []
     for own in _parts(options).values():
         found += load.files(own["task"], {key: value for key, value in own.items() if key not in OWN})

@@ -278,8 +278,8 @@ def _global_generators(key: int) -> Iterator[None]:
     import numpy
 
     kept, kept_numpy = random.getstate(), numpy.random.get_state()
-    random.seed(key)
-    numpy.random.seed(key % 2**32)
+    random.setstate(random.Random(key).getstate())
+    numpy.random.set_state(numpy.random.RandomState(key % 2**32).get_state())
     try:
         yield
     finally:
@@ -291,7 +291,8 @@ def _serve(name: str, options: Mapping[str, Any]) -> None:
     """Problems for `_ask_elsewhere`: a number a line in, a problem a line out."""
     task = Reasoning(name, options)
     for line in sys.stdin:
-        print(json.dumps(encode(task.problem(int(line)))), flush=True)
+        sys.stdout.write(json.dumps(encode(task.problem(int(line)))) + "\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -216,6 +216,7 @@ def _number(value: Any, name: str) -> float:
 
 
 def absolute(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with the full paths of files (`load.absolute`)."""
     found = dict(options)
     if "data" in options:
         found["data"] = str(Path(options["data"]).resolve())
@@ -226,5 +227,6 @@ def absolute(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def files(options: Mapping[str, Any]) -> list[Path]:
+    """The user's own files that the options name (`load.files`)."""
     sources = [source_file(name) for name, _ in spelt(options["rewards"])]
     return [Path(options["data"]), *dict.fromkeys(path for path in sources if path)]
