@@ -69,7 +69,7 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml
-	$(PIP) $(PINS) --editable '.[dev,peers,tensorboard]'
+	$(PIP) $(PINS) --editable '.[dev,peers,tasks,tensorboard]'
 	@touch $@ $(VENV)/.installed
 
 $(VENV)/.model: $(VENV)/.installed-dev

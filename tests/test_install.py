@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ("rich", "jinja2", "gguf", "transformers", "trl", "datasets", "tensorboard")
-EXTRAS = ("dev", "peers", "tensorboard")
+EXTRAS = ("dev", "peers", "tasks", "tensorboard")
 
 
 def test_importing_rung_loads_no_heavy_package_and_does_nothing_else():

@@ -8,6 +8,7 @@ from rung.cli.display import Display
 from rung.cli.options import Option
 from rung.core.errors import ConfigError
 from rung.tasks.load import task_parameters
+from rung.tasks.sandbox import Limits
 from rung.train.config import TaskSpec
 
 COMMAND = "rung eval"
@@ -20,12 +21,13 @@ class Eval:
     """Measure the share of a task's problems that a model solves, with its 95 % Wilson interval.
 
     model: a name (`rung models`), a Hugging Face folder, a .gguf file, or an id of the Hub (org/name)
-    task: a built-in name, module:name or file.py:name
+    task: a built-in name, reasoning-gym:name, module:name or file.py:name
     problems: how many are asked
     split: train, validation or held_out
     max_tokens: most tokens of an answer
     temperature: 0 always takes the likeliest token
     seed: chooses the problems
+    grade_seconds: most seconds by the clock that the verifier may take for one answer
     dtype: auto is bf16 where the machine multiplies it fast, else fp32
     foreign: through transformers although Rung has the model's family
     """
@@ -37,6 +39,7 @@ class Eval:
     max_tokens: int = 16
     temperature: float = 0.0
     seed: int = 0
+    grade_seconds: float = 5.0
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     foreign: bool = False
 
@@ -68,6 +71,7 @@ def run(args: list[str]) -> None:
             max_tokens=asked.max_tokens,
             temperature=asked.temperature,
             seed=asked.seed,
+            limits=Limits(seconds=asked.grade_seconds),
             listener=display,
         )
     unknown = f", {found.unknown} more of unknown grade" if found.unknown else ""

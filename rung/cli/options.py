@@ -33,7 +33,7 @@ class Option:
     path:     fields from the outermost dataclass inwards
     kind:     int, float, str or bool
     required: it is an argument, recognised by its place
-    many:     it takes all words that are left
+    many:     an argument that takes all words that are left, an option that may be given again
     """
 
     path: Path
@@ -114,7 +114,8 @@ def parse(args: Sequence[str], options: Sequence[Option], *, command: str) -> di
                 text = text if equals else words.popleft()
             elif equals:
                 raise ConfigError(f"{name} takes no value: write {option.flag} or {option.negation}.")
-            values[option.path] = yes if option.kind is bool else _convert(name, text, option)
+            value = yes if option.kind is bool else _convert(name, text, option)
+            values[option.path] = (*values.get(option.path, ()), value) if option.many else value
         elif not places:
             raise ConfigError(f"{command} takes no further argument, got {word!r}. See `{command} --help`.")
         elif places[0].many:

@@ -18,7 +18,7 @@ from rung.core.errors import ConfigError, nearest
 from rung.core.progress import Listener
 from rung.report.load import RUNS, read_run
 from rung.report.visible import one_line
-from rung.train.config import METHODS, GroupRL
+from rung.train.config import METHODS, GroupRL, TaskSpec
 
 COMMAND = "rung train"
 METHOD, TASK_NAME = ("method",), ("task", "name")
@@ -30,6 +30,9 @@ class Train:
 
     recipe: a built-in name, file.py:function, module:function, or a .toml or .json file that --print-config wrote
     folder: where the run is kept (without it: runs/NAME)
+    data: a file of JSON lines with questions, in place of the recipe's task; answers in it are judged by math-verify
+    reward: FILE.py:NAME or FILE.py:NAME=WEIGHT, a function that rewards answers to --data in place of math-verify,
+        f(prompts, completions, **columns) as in trl, or f(problem, text); may be given again
     or_resume: when the folder holds this very run already, go on with it; when it is finished, only tell its result
     print_config: print the whole configuration, which given as RECIPE repeats the run, and stop
     dry_run: print how much memory and time it would take, and stop
@@ -38,6 +41,8 @@ class Train:
 
     recipe: str
     folder: str = ""
+    data: str = ""
+    reward: tuple[str, ...] = ()
     or_resume: bool = False
     print_config: bool = False
     dry_run: bool = False
@@ -165,13 +170,33 @@ def _groups(found: Sequence[Option]) -> dict[str, list[Option]]:
 
 
 def _with_task(recipe: GroupRL, args: Sequence[str]) -> GroupRL:
-    """The recipe with the task that `--task.name` names: another task has other options, so none are kept."""
-    flag = Option(path=TASK_NAME, kind=str).flag
-    for word, after in zip(args, [*args[1:], ""], strict=True):
-        name = after if word == flag else word.partition("=")[2] if word.startswith(flag + "=") else ""
-        if name and name != recipe.task.name:
-            recipe = replace(recipe, task=replace(recipe.task, name=name, options={}))
+    """The recipe with the task that `--task.name`, or `--data` and `--reward`, name.
+
+    Another task has other options, so none of the recipe's are kept.
+    """
+    names, data, rewards = (
+        _typed(args, flag) for flag in (Option(path=TASK_NAME, kind=str).flag, "--data", "--reward")
+    )
+    if rewards and not data:
+        raise ConfigError("--reward judges answers to the questions of a file: give it with --data FILE.jsonl.")
+    if data and names:
+        raise ConfigError("--data is a task of its own: give it or --task.name, not both.")
+    if data:
+        name, options = ("rewards", {"rewards": ", ".join(rewards)}) if rewards else ("maths", {})
+        kept = recipe.task.options if name == recipe.task.name else {}
+        return replace(recipe, task=TaskSpec(name=name, options={**kept, "data": data[-1], **options}))
+    if names and names[-1] != recipe.task.name:
+        return replace(recipe, task=TaskSpec(name=names[-1]))
     return recipe
+
+
+def _typed(args: Sequence[str], flag: str) -> list[str]:
+    """What was typed after a flag, each time."""
+    found = []
+    for word, after in zip(args, [*args[1:], ""], strict=True):
+        value = after if word == flag else word.partition("=")[2] if word.startswith(flag + "=") else ""
+        found += [value] if value else []
+    return found
 
 
 def _module(place: str) -> ModuleType:

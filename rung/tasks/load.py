@@ -1,4 +1,5 @@
-"""A task by name: built in (`arithmetic`), importable (`package.module:name`), or in one file (`file.py:name`).
+"""A task by name: built in (`arithmetic`, `reasoning-gym:chain_sum`), importable (`package.module:name`), or in a file
+(`file.py:name`).
 
 The name is that of a Task class, of a function that returns a Task, or of a bare reward function beside a list:
 
@@ -19,7 +20,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -30,7 +31,15 @@ from rung.core.errors import ConfigError, RungError, TaskError, nearest
 from rung.core.words import Answer, Grade, Message, Problem
 from rung.tasks.base import Task, problem_at, problem_id, split_of, where
 
-BUILT_IN: Mapping[str, str] = {"arithmetic": "rung.tasks.arithmetic:Arithmetic"}
+BUILT_IN: Mapping[str, str] = {
+    "arithmetic": "rung.tasks.arithmetic:Arithmetic",
+    "maths": "rung.tasks.maths:Maths",
+    "mixture": "rung.tasks.mixture:mixture",
+    "rewards": "rung.tasks.rewards:Rewards",
+    "steps": "rung.tasks.steps:Steps",
+}
+FAMILIES: Mapping[str, str] = {"reasoning-gym": "rung.tasks.reasoning"}  # a module whose `named` makes them by name
+WITH_FILES = ("maths", "mixture", "rewards")  # their options name files: `absolute` and `files` in their modules
 METHODS = ("__len__", "problem", "reply", "grade")
 
 
@@ -42,8 +51,8 @@ def load_task(name: str, options: Mapping[str, Any]) -> Task:
     """
     found, module, place = _find(name)
     _check_options(name, found, options)
-    if name in BUILT_IN:
-        task = _decoded(name, found, options)
+    if name in BUILT_IN and is_dataclass(found):
+        task = _run(name, place, lambda: _decoded(name, found, options))
     elif _is_reward(found):
         task = _run(name, place, lambda: _from_reward(module, found, name, options))
     else:
@@ -61,16 +70,48 @@ def task_parameters(name: str) -> list[inspect.Parameter]:
     return _parameters(_find(name)[0])
 
 
-def source_hash(name: str) -> str:
-    """Names the text of the file behind a task of the user's own; "" for a built-in one, which changes with Rung."""
-    path = None if name in BUILT_IN else inspect.getsourcefile(_find(name)[1])
-    return hashlib.blake2b(Path(path).read_bytes(), digest_size=8).hexdigest() if path else ""
+def source_hash(name: str, options: Mapping[str, Any]) -> str:
+    """Names what is in the user's own files behind a task; "" where there are none: the others change with Rung."""
+    digests = [hashlib.blake2b(path.read_bytes(), digest_size=8) for path in files(name, options)]
+    if len(digests) > 1:
+        return hashlib.blake2b(b"".join(digest.digest() for digest in digests), digest_size=8).hexdigest()
+    return digests[0].hexdigest() if digests else ""
 
 
-def absolute(name: str) -> str:
-    """The name with its file's full path, so that it means the same in another folder."""
+def files(name: str, options: Mapping[str, Any]) -> list[Path]:
+    """The user's own files behind a task."""
+    if name in BUILT_IN or name.partition(":")[0] in FAMILIES:
+        return _module_of(name).files(options) if name in WITH_FILES else []
+    path = source_file(name)
+    return [path] if path else []
+
+
+def source_file(name: str) -> Path | None:
+    """The file of the module that a name lies in."""
+    path = inspect.getsourcefile(_find(name)[1])
+    return Path(path) if path else None
+
+
+def find_function(name: str) -> Callable[..., Any]:
+    """What `file.py:name` or `module:name` stands for.  Raises TaskError."""
+    return _find(name)[0]
+
+
+def absolute(name: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The name and the options with the full paths of files, so that they mean the same in another folder."""
+    if name in WITH_FILES:
+        return name, _module_of(name).absolute(options)
+    return absolute_name(name), dict(options)
+
+
+def absolute_name(name: str) -> str:
+    """The name of a function or class with the full path of its file."""
     place, _, attribute = name.rpartition(":")
     return f"{Path(place).resolve()}:{attribute}" if place.endswith(".py") else name
+
+
+def _module_of(name: str) -> Any:
+    return importlib.import_module(BUILT_IN[name].partition(":")[0])
 
 
 @dataclass(frozen=True)
@@ -105,9 +146,13 @@ def _grade(reward: Any) -> Grade:
 def _find(name: str) -> tuple[Callable[..., Any], ModuleType, str]:
     """What a name stands for, its module, and where that lies."""
     place, _, attribute = BUILT_IN.get(name, name).rpartition(":")
+    if family := FAMILIES.get(place or name):
+        members: Any = importlib.import_module(family)
+        return members.named(attribute if place else ""), members, family
     if not place or not attribute:
+        known = [*BUILT_IN, *(f"{family}:..." for family in FAMILIES)]
         raise TaskError(
-            f"no task is called {name!r}. {nearest(name, BUILT_IN)} Your own is named `file.py:name` or `module:name`"
+            f"no task is called {name!r}. {nearest(name, known)} Your own is named `file.py:name` or `module:name`"
         )
     is_file = place.endswith(".py")
     module = _run(name, place, lambda: _load_file(Path(place)) if is_file else importlib.import_module(place))

@@ -5,38 +5,64 @@ the known-good answer to the same problem, scores 0.  *Unknown* is the verifier'
 answer fails too, or the child cannot be kept alive.  Where a problem has no known-good answer, the verifier works if it
 manages an empty text, a number, or anything else in the same batch.
 
-The child is limited in time and memory against accidents; it is no defence against hostile code.
+The child is limited and confined (`confine.py`): time, memory, processes, size of files, no network, no environment.
+What the kernel here does not allow is missing from `Grader.isolation`, and a run's record says so.
 """
 
 import contextlib
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from rung.core.config import decode, encode
-from rung.core.errors import TaskError
+from rung.core.errors import ConfigError, TaskError
 from rung.core.words import Answer, Grade, unknown
+from rung.tasks.confine import described
+from rung.tasks.load import absolute
 
 START_SECONDS = 120.0  # loading a task may import much
+KEPT = ("PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "LANG", "LC_ALL")  # of the environment
 STAND_INS = ("", "0")  # where no answer is known good: a verifier that calls float(text) manages the second
+END_SECONDS = 5.0  # for the keeper to end what the verifier started
 TAIL = 2000  # bytes of the child's stderr that a message may quote
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Of one answer: seconds by the clock, seconds of computing, and the child's address space."""
+    """What a verifier may use, with all that it starts.
+
+    seconds:      by the clock, for one answer
+    cpu_seconds:  of computing, for one answer
+    memory_bytes: address space of a process
+    file_bytes:   largest file, and size of the temporary folder
+    processes:    processes and threads at a time
+    network:      it may use the network (a judge behind an address)
+    writable:     it may write files outside its temporary folder, where the user may
+    """
 
     seconds: float = 5.0
     cpu_seconds: int = 10
     memory_bytes: int = 4 << 30
+    file_bytes: int = 64 << 20
+    processes: int = 64
+    network: bool = False
+    writable: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("seconds", "cpu_seconds", "memory_bytes", "file_bytes", "processes"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} of grading must be positive, and is {getattr(self, name)}")
 
 
 class Grader:
@@ -47,9 +73,12 @@ class Grader:
 
     def __init__(self, name: str, options: Mapping[str, Any], limits: Limits | None = None):
         self._limits = limits or Limits()
-        self._setup = {"task": name, "options": dict(options), **encode(self._limits)}
+        name, options = absolute(name, options)
+        self._setup = {"task": name, "options": dict(options), "folder": str(Path.cwd())}
         self._broken = ""  # why the child could not be started again
-        self._child = _Child(self._setup)
+        self._child = _Child(self._setup, self._limits)
+        self.isolation = described(self._child.facts)
+        self.lacking = lacking(self._child.facts, self._limits)
 
     def grade(self, answers: Sequence[Answer]) -> list[Grade]:
         """One grade per answer.  An answer that fails the verifier is judged by the problem's known-good answer."""
@@ -90,7 +119,7 @@ class Grader:
         """Whether there is a child; a lost one is replaced, unless that has just failed."""
         if not self._child.alive and not self._broken:
             try:
-                self._child = _Child(self._setup)
+                self._child = _Child(self._setup, self._limits)
             except (TaskError, OSError) as error:
                 self._broken = str(error)
         return not self._broken
@@ -189,13 +218,16 @@ class _Failure:
 class _Child:
     """One worker process, alive until it fails to answer.  Raises TaskError where it does not get ready."""
 
-    def __init__(self, setup: Mapping[str, Any]):
+    def __init__(self, setup: Mapping[str, Any], limits: Limits):
         self._buffer = self._tail = b""
+        self._folder = tempfile.mkdtemp(prefix="rung-grading-")
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "rung.tasks.worker"],  # -P: a queue.py in this folder is not the library's
+            # -P: a queue.py in this folder is not the library's
+            [sys.executable, "-P", "-m", "rung.tasks.worker", json.dumps(encode(limits))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            env=_environment(self._folder),
             start_new_session=True,  # Ctrl-C is the parent's; and what the verifier starts dies with it
         )
         self.alive = True
@@ -204,6 +236,7 @@ class _Child:
         if isinstance(ready, _Failure) or "error" in ready:
             self.kill()
             raise TaskError(ready.reason if isinstance(ready, _Failure) else ready["error"])
+        self.facts: dict[str, str] = ready["ready"]
 
     def send(self, message: Mapping[str, Any]) -> None:
         assert self._process.stdin
@@ -220,14 +253,18 @@ class _Child:
         return decode(Grade, message["grade"]) if "grade" in message else _Failure(message["error"], self)
 
     def kill(self) -> None:
+        """End the child and all that it started: letting go of its stdin tells its keeper to."""
         self.alive = False
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
             assert pipe
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(END_SECONDS)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _receive(self, seconds: float) -> Any:
         """The next message, or a _Failure; what the child prints meanwhile is drained."""
@@ -258,3 +295,36 @@ class _Child:
         last = self._tail.decode(errors="replace").strip().rpartition("\n")[2]
         reason = f"the verifier's process ended {cause}" + (f", after {last!r}" if last else "")
         return _Failure(reason, None if code == -signal.SIGXCPU else self)  # SIGXCPU: its computing time was up
+
+
+def isolation(limits: Limits) -> str:
+    """How a grading child is confined here, on one line: a property of this machine, whatever the task."""
+    child = _Child({"task": "arithmetic", "options": {}, "folder": str(Path.cwd())}, limits)
+    child.kill()
+    return described(child.facts)
+
+
+def lacking(facts: Mapping[str, str], limits: Limits) -> str:
+    """What was asked for and the kernel here refuses, as a sentence; "" where nothing is missing."""
+    asked = {"processes": f"at most {limits.processes}", "network": "open" if limits.network else "none"}
+    asked["files"] = "writable" if limits.writable else "read-only"
+    missing = [f"{name} {facts[name]}" for name, wanted in asked.items() if facts[name] != wanted]
+    return (
+        f"the kernel or container here does not let the grading child be confined as asked ({', '.join(missing)}): "
+        "a verifier that runs a model's text as a program needs a container around the whole run"
+        if missing
+        else ""
+    )
+
+
+def _environment(folder: str) -> dict[str, str]:
+    """What Python needs to find itself, and nothing that tells of the user.
+
+    One hash seed for all children: what a verifier makes of a set of strings does not change from one to the next.
+    """
+    found = {name: os.environ[name] for name in KEPT if name in os.environ}
+    if "PYTHONPATH" in found:
+        places = found["PYTHONPATH"].split(os.pathsep)
+        found["PYTHONPATH"] = os.pathsep.join(str(Path(place).absolute()) for place in places if place)
+    threads = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")}
+    return {**found, **threads, "PATH": os.defpath, "HOME": folder, "TMPDIR": folder, "PYTHONHASHSEED": "0"}

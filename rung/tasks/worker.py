@@ -1,8 +1,10 @@
-"""The grading child: `python -m rung.tasks.worker`.  It runs a verifier, one answer at a time, and may die of it.
+"""The grading child: `python -m rung.tasks.worker LIMITS`.  It runs a verifier on one answer at a time; it may die.
 
-In, on stdin, JSON lines: first {"task", "options", "cpu_seconds", "memory_bytes"}, then {"answers": [...]}.
-Out, on what was stdout: {"ready": true} or {"error": ...}; then a line per answer in order, {"grade"} or {"error"}.
+In, on stdin, JSON lines: first {"task", "options", "folder"}, then {"answers": [...]}.
+Out, on what was stdout: {"ready": facts} or {"error": ...}; then a line per answer in order, {"grade"} or {"error"}.
 What the verifier itself prints goes to stderr.  The process ends with its parent: stdin closes.
+
+A task is loaded where the parent stands, so that it finds its files by relative names; no answer has been seen then.
 """
 
 import json
@@ -11,6 +13,7 @@ import os
 import queue
 import reprlib
 import resource
+import sys
 import threading
 from dataclasses import replace
 from io import FileIO
@@ -20,25 +23,30 @@ from rung.core.config import decode, encode
 from rung.core.errors import RungError, TaskError
 from rung.core.words import Answer, Grade
 from rung.tasks.base import Task, where
+from rung.tasks.confine import confine
 from rung.tasks.load import load_task
 
 
 def main() -> None:
     """Serve one parent until it closes stdin."""
+    limits, folder = json.loads(sys.argv[1]), os.environ["HOME"]
+    facts = confine(limits, folder)
     requests, results = _take_pipes()
     setup = requests.get()
-    _limit(resource.RLIMIT_AS, setup["memory_bytes"])
+    os.chdir(setup["folder"])
     try:
         task = load_task(setup["task"], setup["options"])
     except RungError as error:
         _send(results, {"error": str(error)})
         return
-    _send(results, {"ready": True})
+    os.chdir(folder)
+    serving = os.getpid()
+    _send(results, {"ready": facts})
     while True:
         for answer in requests.get()["answers"]:
             usage = resource.getrusage(resource.RUSAGE_SELF)
-            _limit(resource.RLIMIT_CPU, math.ceil(usage.ru_utime + usage.ru_stime + setup["cpu_seconds"]))
-            _send(results, _grade(task, decode(Answer, answer), setup["task"]))
+            _limit(resource.RLIMIT_CPU, math.ceil(usage.ru_utime + usage.ru_stime + limits["cpu_seconds"]))
+            _send(results, _grade(task, decode(Answer, answer), setup["task"]), sender=serving)
 
 
 def _grade(task: Task, answer: Answer, name: str) -> dict[str, Any]:
@@ -89,7 +97,10 @@ def _take_pipes() -> tuple[queue.Queue[Any], FileIO]:
     return requests, results
 
 
-def _send(results: FileIO, message: dict[str, Any]) -> None:
+def _send(results: FileIO, message: dict[str, Any], sender: int = 0) -> None:
+    """Write a line; but what a verifier forked, and did not end, must not answer in its parent's place."""
+    if sender and os.getpid() != sender:
+        os._exit(1)
     data = memoryview(json.dumps(message).encode() + b"\n")
     while data:
         data = data[results.write(data) :]

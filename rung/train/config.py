@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rung.lm.adapters.spec import LoRA
+from rung.tasks.sandbox import Limits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,7 @@ METHODS: Mapping[str, Method] = {
 
 @dataclass(frozen=True, kw_only=True)
 class TaskSpec:
-    """A task by name (`arithmetic`, `module:name` or `file.py:name`) and the arguments of its constructor."""
+    """A task by name (`arithmetic`, `reasoning-gym:chain_sum`, `module:name` or `file.py:name`) and its options."""
 
     name: str
     options: Mapping[str, int | float | str | bool] = field(default_factory=dict)
@@ -116,6 +117,7 @@ class GroupRL:
     eval_every, validation_problems: steps between looks at a third set of problems; the best one's checkpoint is kept
     checkpoint_every: steps between checkpoints; a step whose validation problems were answered is saved too
     threads:         0 takes all cores
+    grading:         what the verifier may use: seconds of one answer, memory, processes, network
     top_k, top_p, min_p, repetition_penalty: refused unless neutral: the learner scores the whole softmax, and samples
                      of another law would make every update silently off-policy
     """
@@ -143,6 +145,7 @@ class GroupRL:
     validation_problems: int = 128
     checkpoint_every: int = 20
     threads: int = 0
+    grading: Limits = field(default_factory=Limits)
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0

@@ -14,7 +14,7 @@ from rung.report.load import wilson
 from rung.tasks.base import Split
 from rung.tasks.base import problems as problems_of
 from rung.tasks.load import load_task
-from rung.tasks.sandbox import Grader
+from rung.tasks.sandbox import Grader, Limits
 from rung.train.config import TaskSpec
 from rung.train.rollouts import answer_to, prompt_of
 
@@ -44,6 +44,7 @@ def evaluate(
     max_tokens: int = 16,
     temperature: float = 0.0,
     seed: int = 0,
+    limits: Limits | None = None,
     listener: Listener = silent,
 ) -> Evaluation:
     """Accuracy of a model on a task (a name, or a TaskSpec where it takes options).
@@ -57,7 +58,7 @@ def evaluate(
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature, stop_ids=model.tokenizer.eos_ids)
     asked = problems_of(load_task(task.name, task.options), split, problems, seed)
     engine = Engine(model.decoder, max_positions=model.decoder.max_positions)
-    with Grader(task.name, task.options) as grader:
+    with Grader(task.name, task.options, limits) as grader:
         return evaluate_with(
             model,
             engine,

@@ -24,8 +24,9 @@ from rung.core.words import Message
 from rung.lm.weights.sources import absolute_source
 from rung.tasks.base import Split, problems
 from rung.tasks.load import absolute, load_task, source_hash
+from rung.tasks.sandbox import isolation
 from rung.train.checks import check_problems
-from rung.train.config import GroupRL
+from rung.train.config import GroupRL, TaskSpec
 from rung.train.estimate import refuse_too_large
 from rung.train.evaluate import Evaluation, evaluate_with
 from rung.train.grpo import StepRecord, gap_notice, train_step
@@ -63,10 +64,9 @@ def train(
     or_resume: where the folder holds this recipe's run already, go on with it, or hand back its result.
     Raises ConfigError, TaskError, ModelError before anything is made, RunError where the folder is taken.
     """
+    name, options = absolute(recipe.task.name, recipe.task.options)
     recipe = replace(
-        recipe,
-        model=absolute_source(recipe.model, listener),
-        task=replace(recipe.task, name=absolute(recipe.task.name)),
+        recipe, model=absolute_source(recipe.model, listener), task=TaskSpec(name=name, options=options)
     )
     check_recipe(recipe)
     folder = Path(folder or Path("runs") / recipe.name)
@@ -114,8 +114,12 @@ def _command(run: RunDir) -> str:
 
 
 def _place(recipe: GroupRL) -> dict[str, Any]:
-    """What a repetition bit for bit depends on beside the recipe: the machine, and the task's own file."""
-    return environment() | {"task_source": source_hash(recipe.task.name)}
+    """What a repetition bit for bit depends on beside the recipe: the machine, and the task's own files.
+
+    Also how well the grading child is confined here, for the record.
+    """
+    source = source_hash(recipe.task.name, recipe.task.options)
+    return environment() | {"task_source": source, "grading": isolation(recipe.grading)}
 
 
 def _go(run: RunDir, recipe: GroupRL, listener: Listener, moved: Mapping[str, Any] | None = None) -> Run:
@@ -132,6 +136,8 @@ def _go(run: RunDir, recipe: GroupRL, listener: Listener, moved: Mapping[str, An
             if checkpoint:
                 _restore(session, checkpoint, base, listener)
             self_test(session, listener)
+            if session.grader.lacking:
+                listener(Progress(stage="notice", text=session.grader.lacking))
             if not checkpoint:
                 phase("baseline")
                 _evaluate(run, session, 0, "held_out", recipe.eval_problems, "baseline", listener)

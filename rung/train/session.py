@@ -108,7 +108,7 @@ def open_session(recipe: GroupRL, run: RunDir, since: int, phase: "PhaseLog", li
     """
     with ExitStack() as stack:
         task = load_task(recipe.task.name, recipe.task.options)
-        grader = stack.enter_context(Grader(recipe.task.name, recipe.task.options))
+        grader = stack.enter_context(Grader(recipe.task.name, recipe.task.options, recipe.grading))
         start = recipe.dtype if recipe.lora.on else "fp32"
         model = load(recipe.model, dtype=start, foreign=recipe.foreign, listener=listener)
         adapter = adapter_of(model, recipe) if recipe.lora.on else None

@@ -319,3 +319,45 @@ def test_print_config_writes_what_a_run_folder_holds(here, capsys):
         (run.folder / "config.json").read_text() == capsys.readouterr().out == dumps_json(load_recipe("mine.py:mine"))
     )
     assert load_recipe("mine.py:mine") != RECIPE
+
+
+QUESTIONS = "\n".join(json.dumps({"question": f"{n} + 1?", "answer": str(n + 1)}) for n in range(40))
+REWARD = """
+def f(prompts, completions, **columns):
+    return [0.0 for _ in completions]
+
+def g(problem, text):
+    return 1
+"""
+
+
+def test_data_and_rewards_of_the_users_own_take_the_place_of_the_recipes_task(here):
+    (here / "d.jsonl").write_text(QUESTIONS)
+    (here / "r.py").write_text(REWARD)
+    _, recipe = read(["grpo", "--model", "M", "--data", "d.jsonl"])
+    assert recipe.task == TaskSpec(name="maths", options={"data": "d.jsonl"})
+    assert (recipe.model, recipe.method) == ("M", METHODS["grpo"])
+    words = "grpo --data d.jsonl --reward r.py:f --reward=r.py:g=0.5 --task.options.system S."
+    asked, recipe = read(words.split())
+    assert asked.reward == ("r.py:f", "r.py:g=0.5")
+    assert recipe.task.name == "rewards"
+    assert recipe.task.options == {"data": "d.jsonl", "rewards": "r.py:f, r.py:g=0.5", "system": "S."}
+    _, recipe = read(["gpu_jsonl", "--data", "d.jsonl"])
+    assert recipe.task.options["suffix"].startswith("Work it out")  # the same task, so that its options stay
+
+
+def test_a_reward_without_data_and_data_beside_another_task_are_refused(here):
+    assert "give it with --data FILE.jsonl" in refused("grpo --reward r.py:f")
+    assert "give it or --task.name, not both" in refused("grpo --data d.jsonl --task.name arithmetic")
+    assert "--reward needs a text after it" in refused("grpo --data d.jsonl --reward --seed 3")
+
+
+@pytest.mark.parametrize(
+    "words", ["chain_sum", "working", "grpo --data d.jsonl", "gpu_jsonl --model smollm2-135m --data d.jsonl"]
+)
+def test_every_recipe_says_what_it_will_cost(words, here, capsys):
+    pytest.importorskip("reasoning_gym")
+    pytest.importorskip("math_verify")
+    (here / "d.jsonl").write_text(QUESTIONS)
+    assert cli.main(["train", *words.split(), "--dry-run"]) in (0, None)
+    assert "steps, if every sample is as long as may be" in capsys.readouterr().out

@@ -116,7 +116,12 @@ BAD = {
     "a value that is refused": (None, "arithmetic", {"digits": 0}, "needs 1 to 15 digits"),
     "an unknown module": (None, "no_such_module:x", {}, "No module named 'no_such_module'"),
     "a missing file": (None, "/nowhere/mine.py:x", {}, "there is no task file /nowhere/mine.py"),
-    "a name without a part": (None, "mine.py", {}, "no task is called 'mine.py'. Known: arithmetic. Your own is named"),
+    "a name without a part": (
+        None,
+        "mine.py",
+        {},
+        "'mine.py'. Known: arithmetic, maths, mixture, reasoning-gym:..., rewards, steps. Your own is named",
+    ),
     "a misspelt name": (REWARD, "rewrd", {}, "mine.py has no 'rewrd'. Did you mean 'reward'?"),
     "a file that raises": ("x = 1\ny = [\n    x / 0]\n", "y", {}, "ZeroDivisionError: division by zero ("),
     "the line where it raises": ("x = 1\ndef f():\n    return x / 0\nf()\n", "f", {}, "line 3: return x / 0)"),
@@ -235,9 +240,9 @@ def test_a_reward_that_is_not_a_number_is_the_verifiers_failure(write):
 def test_a_relative_name_can_be_made_to_mean_the_same_elsewhere(write, tmp_path, monkeypatch):
     write(REWARD)
     monkeypatch.chdir(tmp_path)
-    assert absolute("mine.py:reward") == f"{tmp_path.resolve() / 'mine.py'}:reward"
-    assert absolute("arithmetic") == "arithmetic"
-    assert absolute("a.b:c") == "a.b:c"
+    assert absolute("mine.py:reward", {"bonus": 1}) == (f"{tmp_path.resolve() / 'mine.py'}:reward", {"bonus": 1})
+    assert absolute("arithmetic", {"digits": 1}) == ("arithmetic", {"digits": 1})
+    assert absolute("a.b:c", {}) == ("a.b:c", {})
     assert len(load_task("mine.py:reward", {})) == 3
 
 

@@ -54,6 +54,7 @@ def act(text):
         case "read": sys.stdin.read(); input()
         case "interrupt": raise KeyboardInterrupt
         case "wait": time.sleep(0.3)
+        case "fork": os.fork()
 """
 
 
@@ -111,6 +112,13 @@ def test_noise_on_every_channel_does_not_touch_the_grades(place, grader):
     assert grades[1] == grades[4] == Grade(score=1.0, right=True)
 
 
+def test_what_a_verifier_forks_does_not_answer_in_its_place(place, grader):
+    """Both copies return: only one grade may come of it, or the next answers would get the grades of others."""
+    texts = ["fork", "tac", "fork", "tac", "x", "tac"]
+    grades = grader.grade(ask(place, *((CAT, text) for text in texts)))
+    assert [grade.right for grade in grades] == [text == "tac" for text in texts]
+
+
 def test_a_child_that_closed_its_channels_is_waited_for_and_not_polled(place, grader, monkeypatch):
     calls, select = [], sandbox.select.select
     monkeypatch.setattr(sandbox.select, "select", lambda *args: calls.append(args) or select(*args))
@@ -137,7 +145,7 @@ def test_where_no_answer_is_known_good_an_empty_one_shows_whether_the_verifier_w
 
 
 def test_a_child_lost_by_accident_costs_no_grade(place, tmp_path):
-    with Grader(place, {"marks": str(tmp_path / "died")}, Limits(seconds=5.0)) as grader:
+    with Grader(place, {"marks": str(tmp_path / "died")}, Limits(seconds=5.0, writable=True)) as grader:
         grades = grader.grade(ask(place, (CAT, "tac"), (CAT, "die once"), (CAT, "tac")))
     assert (tmp_path / "died").exists()
     assert grades == [Grade(score=1.0, right=True), Grade(score=0.0), Grade(score=1.0, right=True)]

@@ -1,0 +1,354 @@
+"""Questions out of JSON lines: read strictly, judged by math-verify or by reward functions, mixed with other tasks."""
+
+import json
+from collections import Counter
+
+import pytest
+
+from rung.core.errors import TaskError
+from rung.core.words import Answer, Message
+from rung.tasks.base import problems, split_of
+from rung.tasks.jsonl import Columns, read
+from rung.tasks.load import absolute, load_task, source_hash
+from rung.tasks.sandbox import Grader
+
+
+@pytest.fixture
+def data(tmp_path):
+    def write(*rows, name="data.jsonl"):
+        lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+        (tmp_path / name).write_bytes(b"\n".join(lines))
+        return str(tmp_path / name)
+
+    return write
+
+
+def graded(task, index, text, stop="eos"):
+    (grade,) = task.grade([Answer(problem=task.problem(index), text=text, stop=stop, num_tokens=1)])
+    return grade
+
+
+GOOD = {"question": "1 + 1?", "answer": "2"}
+BAD_FILES = {
+    "not UTF-8": ([GOOD, b'{"question": "\xff"}'], "line 2 is not UTF-8: byte 15 is 0xff"),
+    "not JSON": ([GOOD, b"", b"{question: 1}"], "line 3 is not JSON: Expecting property name"),
+    "a name twice": (
+        [b'{"question": "a", "question": "b"}'],
+        "line 1 is not JSON: the name 'question' stands in it twice",
+    ),
+    "a number that is none": ([b'{"question": "a", "answer": NaN}'], "line 1 is not JSON: NaN is no JSON"),
+    "half a character": ([b'{"question": "\\ud800", "answer": "1"}'], "line 1 holds half of a surrogate pair"),
+    "no table": ([GOOD, b"[1]"], "line 2 must be a table of names and values, and is [1]"),
+    "deep": ([b"[" * 100_000], "line 1 is not JSON"),
+    "a missing question": (
+        [GOOD, {"qestion": "x", "answer": "1"}],
+        "line 2 has no 'question'. Did you mean 'qestion'?",
+    ),
+    "a missing answer": ([GOOD, {"question": "x"}], "line 2 has no 'answer'. Known: question."),
+    "an empty answer": (
+        [{"question": "x", "answer": " "}],
+        "line 1: the answer must be a text or a number, and is ' '",
+    ),
+    "an answer that is a list": ([{"question": "x", "answer": [1]}], "line 1: the answer must be a text or a number"),
+    "an empty question": (
+        [{"question": " ", "answer": "1"}],
+        "line 1: 'question' must end with something that is asked",
+    ),
+    "a question that is a number": (
+        [{"question": 1, "answer": "1"}],
+        "'question' must be a text or a list of messages",
+    ),
+    "an odd message": (
+        [{"messages": [{"role": "boss", "content": "x"}], "answer": "1"}],
+        "a message has a role (system,",
+    ),
+    "two questions": (
+        [{"question": "a", "prompt": "b", "answer": "1"}],
+        "has the columns question and prompt: name the",
+    ),
+    "no question": (
+        [{"text": "a", "answer": "1"}],
+        "needs a column question, prompt or messages, or the option `question`",
+    ),
+    "a duplicate": ([GOOD, {"question": "2?", "answer": "2"}, GOOD], "lines 1 and 3 ask the same with one answer"),
+    "a contradiction": ([GOOD, {**GOOD, "answer": "3"}], "lines 1 and 2 ask the same with two answers, '2' and '3'"),
+    "a split that is none": ([{**GOOD, "split": "test"}], "a problem's split must be train, validation or held_out"),
+    "nothing": ([b"", b" "], "has no questions"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_a_file_is_read_strictly_and_the_message_names_the_line(case, data):
+    rows, message = BAD_FILES[case]
+    path = data(*rows)
+    with pytest.raises(TaskError) as error:
+        read(path, Columns())
+    assert message in str(error.value)
+    assert path in str(error.value) or case == "a split that is none"
+
+
+def test_questions_come_as_texts_as_messages_and_as_conversations_whose_last_turn_is_the_answer(data):
+    chat = [{"role": "system", "content": "S."}, {"role": "user", "content": "2 + 2?"}]
+    (text,) = read(data({"prompt": "1 + 1?", "solution": 2}), Columns(system="Calculate."))
+    assert text.messages == (Message("system", "Calculate."), Message("user", "1 + 1?"))
+    assert (text.answer, text.asked) == ("2", "1 + 1?")
+    (listed,) = read(data({"prompt": chat, "answer": "4"}), Columns(system="Calculate."))
+    assert listed.messages == (Message("system", "S."), Message("user", "2 + 2?"))
+    (conversation,) = read(data({"messages": [*chat, {"role": "assistant", "content": "4"}]}), Columns())
+    assert (conversation.answer, conversation.asked, conversation.messages) == ("4", chat, listed.messages)
+    (other,) = read(data({"q": "x", "a": "y", "prompt": "not this"}), Columns(question="q", answer="a"))
+    assert (other.messages[0].content, other.answer) == ("x", "y")
+    twice = data(b"\xef\xbb\xbf" + json.dumps(GOOD).encode(), GOOD)
+    assert len(read(twice, Columns(drop_duplicates=True))) == 1
+
+
+def test_a_split_of_the_data_sets_own_is_kept(data):
+    task = load_task("maths", {"data": data(GOOD, {"question": "q", "answer": "1", "split": "held_out"})})
+    assert split_of(task.problem(1)) == "held_out"
+
+
+SAME = {
+    "2": ["2", "2.0", "Answer: 2", "so it is\n\\boxed{2}", "#### 2", "\\boxed{\\frac{4}{2}}", "$2$", "**Answer: 2**"],
+    "Long story.\n#### 1,234": ["1234", "1,234", "1234.00"],
+    "we get $\\boxed{\\frac{1}{2}}$.": ["1/2", "0.5", "\\frac12", "\\frac{2}{4}"],
+    "x^2+1": ["1 + x^2", "x**2+1"],
+}
+OTHER = {
+    "2": ["3", "", "2\nAnswer: 3", "\\boxed{2} or \\boxed{3}", "-2", "2, 3", "1/0", "\\boxed{", "two"],
+    "Long story.\n#### 1,234": ["234", "1,235", "1"],
+    "we get $\\boxed{\\frac{1}{2}}$.": ["2", "0.51"],
+    "x^2+1": ["x^2", "x^2-1"],
+}
+
+
+@pytest.mark.parametrize("gold", SAME)
+def test_an_answer_is_right_when_it_means_what_the_known_one_means(gold, data):
+    pytest.importorskip("math_verify")
+    task = load_task("maths", {"data": data({"question": "q", "answer": gold})})
+    assert graded(task, 0, task.problem(0).answer).right
+    for text in SAME[gold]:
+        assert graded(task, 0, text).right, text
+        cut = graded(task, 0, text, stop="length")
+        assert (cut.score, cut.right, cut.parts) == (0.0, False, {"equal": 1.0, "ended": 0.0}), text
+    for text in OTHER[gold]:
+        found = graded(task, 0, text)
+        assert (found.score, found.right) == (0.0, False), text
+
+
+@pytest.mark.parametrize("rule", ["boxed", "marker", "last_line", "number", "tag", "whole", "final"])
+def test_every_rule_of_extraction_knows_a_text_that_is_right(rule, data):
+    pytest.importorskip("math_verify")
+    task = load_task("maths", {"data": data(GOOD), "extract": rule, "suffix": "Be brief."})
+    problem = task.problem(0)
+    assert problem.messages[-1].content == "1 + 1?\nBe brief."
+    assert graded(task, 0, problem.answer).right
+    with Grader("maths", {"data": data(GOOD), "extract": rule}) as grader:
+        (grade,) = grader.grade([Answer(problem=problem, text=problem.answer, stop="eos", num_tokens=1)])
+    assert grade.right
+
+
+def test_a_known_answer_that_is_no_formula_is_refused_by_its_line(data):
+    pytest.importorskip("math_verify")
+    with pytest.raises(TaskError, match=r"data.jsonl, line 2: an answer is a formula of up to 300 characters"):
+        load_task("maths", {"data": data(GOOD, {"question": "q", "answer": "9" * 400})})
+    with pytest.raises(TaskError, match="the task maths needs `data`"):
+        load_task("maths", {})
+
+
+REWARDS = """
+seen = []
+
+def correct(prompts, completions, answer, **kwargs):
+    seen.append((prompts, completions, answer, sorted(kwargs)))
+    return [float(c == a) for c, a in zip(completions, answer)]
+
+def short(completions, **kwargs):
+    return [1.0 / (1 + len(c if isinstance(c, str) else c[0]["content"])) for c in completions]
+
+def sometimes(prompts, completions, **kwargs):
+    return [None if "?" in c else 0.5 for c in completions]
+
+async def later(prompts, completions, log_metric, log_extra):
+    log_extra("column", ["x"])
+    log_metric("length", len(completions[0]))
+    return [0.25]
+
+def chat(prompts, completions, **kwargs):
+    assert prompts == [[{"role": "user", "content": "q"}]] and kwargs["level"] == [3], (prompts, kwargs)
+    return [completions == [[{"role": "assistant", "content": "hello"}]]]
+
+def ours(problem, text, *, bonus=0.0):
+    return text == problem.answer
+
+def lost(problem, text):
+    from rung.core.words import unknown
+    return unknown("the judge is asleep")
+
+def tokens(prompts, completions, completion_ids): return [0.0]
+def another(prompts, completions, level): return [0.0]
+def two(prompts, completions, **kwargs): return [0.0, 1.0]
+def endless(prompts, completions, **kwargs): return [float("inf")]
+"""
+
+
+@pytest.fixture
+def functions(tmp_path):
+    (tmp_path / "r.py").write_text(REWARDS)
+    return lambda *names: ", ".join(f"{tmp_path / 'r.py'}:{name}" for name in names)
+
+
+def rewarded(data, rewards, *texts, row=None):
+    task = load_task("rewards", {"data": data(row or {**GOOD, "level": 3}), "rewards": rewards})
+    return [graded(task, 0, text) for text in texts]
+
+
+def test_a_reward_is_the_weighted_sum_its_parts_are_kept_and_the_first_says_what_is_right(data, functions):
+    right, wrong = rewarded(data, functions("correct", "short=0.5", "ours=-2"), "2", "333")
+    assert (right.score, right.right, right.parts) == (1 + 0.25 - 2, True, {"correct": 1.0, "short": 0.5, "ours": 1.0})
+    assert (wrong.score, wrong.right, wrong.parts) == (0.125, False, {"correct": 0.0, "short": 0.25, "ours": 0.0})
+
+
+def test_none_does_not_apply_and_where_none_applies_the_grade_is_unknown(data, functions):
+    left_out, both = rewarded(data, functions("correct", "sometimes"), "2?", "2")
+    assert (left_out.score, left_out.parts) == (0.0, {"correct": 0.0})
+    assert both.score == 1.5
+    (nothing,) = rewarded(data, functions("sometimes"), "?")
+    assert (nothing.known, nothing.error) == (False, "every reward function returned None: none applies to this answer")
+    (lost,) = rewarded(data, functions("correct", "lost"), "2")
+    assert not lost.known
+    assert "r.py:lost: the judge is asleep" in lost.error
+
+
+def test_the_first_reward_left_out_is_not_right(data, functions):
+    (grade,) = rewarded(data, functions("sometimes", "ours"), "2?")
+    assert not grade.right
+
+
+def test_coroutines_and_conversations_are_handed_over_as_trl_does(data, functions):
+    (grade,) = rewarded(data, functions("later"), "four")
+    assert (grade.score, grade.parts) == (0.25, {"length": 4.0, "later": 0.25})
+    row = {"prompt": [{"role": "user", "content": "q"}], "level": 3}
+    assert [g.score for g in rewarded(data, functions("chat"), "hello", "bye", row=row)] == [1.0, 0.0]
+
+
+def test_the_words_and_columns_are_those_that_trl_hands_over(data, functions, tmp_path):
+    """By the source of trl's own GRPOTrainer: the names that it calls a reward function with."""
+    grpo = pytest.importorskip("trl.trainer.grpo_trainer")
+    import inspect
+
+    source = inspect.getsource(grpo.GRPOTrainer._calculate_rewards)
+    assert "prompts=prompts, completions=completions, completion_ids=completion_ids_list, **reward_kwargs" in source
+    assert '["prompt", "completion", "completion_ids"]' in source
+    given = {
+        word for word in ("trainer_state", "log_extra", "log_metric", "environments") if f'kwargs["{word}"]' in source
+    }
+    assert given == {"trainer_state", "log_extra", "log_metric", "environments"}
+    task = load_task(
+        "rewards", {"data": data({"prompt": "1 + 1?", "answer": "2", "x": [1]}), "rewards": functions("correct")}
+    )
+    graded(task, 0, "2")
+    seen = task._functions[0].function.__globals__["seen"]
+    assert seen == [(["1 + 1?"], ["2"], ["2"], ["log_extra", "log_metric", "x"])]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["tokens"], "asks for 'completion_ids', which Rung does not hand to a reward function"),
+        (["another"], "asks for 'level', and the data has no such column"),
+        (["corect"], "has no 'corect'. Did you mean 'correct'?"),
+        (["correct=heavy"], "a reward is written FILE.py:NAME or FILE.py:NAME=WEIGHT, and this is"),
+        (["correct=nan"], "a weight must be a finite number"),
+        (["correct", "correct=2"], "is named twice"),
+        ([], "needs a function in `rewards`"),
+    ],
+)
+def test_functions_are_checked_before_a_run(names, message, data, functions):
+    with pytest.raises(TaskError) as error:
+        load_task("rewards", {"data": data(GOOD), "rewards": functions(*names)})
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("two", "one reward per completion"), ("endless", "must be a finite number")]
+)
+def test_what_is_no_reward_is_the_verifiers_failure(name, message, data, functions):
+    with pytest.raises(TaskError, match=message):
+        rewarded(data, functions(name), "2")
+
+
+def mixed(data, functions):
+    rows = [{"question": f"{n}?", "answer": str(n)} for n in range(40)]
+    return {
+        "sums.task": "arithmetic",
+        "sums.weight": 3,
+        "sums.digits": 3,
+        "mine.task": "rewards",
+        "mine.data": data(*rows),
+        "mine.rewards": functions("correct"),
+        "long.task": "steps",
+        "long.weight": 0.5,
+        "long.largest": 9,
+    }
+
+
+def test_a_mixture_draws_its_parts_by_weight_each_with_all_its_problems(data, functions):
+    """1000 draws, shares 3, 1 and 0.5 of 4.5: six standard deviations are missed once in 5e8 runs."""
+    task = load_task("mixture", mixed(data, functions))
+    draws = [task.problem((index * 2654435761) % len(task)) for index in range(1000)]
+    counts = Counter(problem.task for problem in draws)
+    for name, weight in (("sums", 3), ("mine", 1), ("long", 0.5)):
+        share = weight / 4.5
+        assert abs(counts[name] / 1000 - share) < 6 * (share * (1 - share) / 1000) ** 0.5
+    assert len({problem.id for problem in draws if problem.task == "mine"}) == 40
+    assert task.problem(77) == load_task("mixture", mixed(data, functions)).problem(77)
+
+
+def test_a_mixture_hands_answers_to_the_part_they_belong_to_and_keeps_splits(data, functions):
+    options = mixed(data, functions)
+    task = load_task("mixture", options)
+    some = {problem.task: problem for problem in problems(task, "train", 200)}
+    answers = [
+        Answer(problem=problem, text=text, stop="eos", num_tokens=1)
+        for problem in some.values()
+        for text in (problem.answer, "no")
+    ]
+    with Grader("mixture", options) as grader:
+        grades = grader.grade(answers)
+    assert [grade.right for grade in grades] == [True, False] * 3
+    assert grades == task.grade(answers)
+    held_out = {problem.id for problem in problems(task, "held_out", 50)}
+    assert not held_out & {problem.id for problem in problems(task, "train", 200)}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"task": "arithmetic"}, "is written PART.OPTION (sums.task, sums.weight), and this is 'task'"),
+        ({"a.digits": 2}, "the part a of a mixture needs a.task, the name of a task; it has digits"),
+        ({"a.task": "arithmetic"}, "a mixture needs at least two parts"),
+        (
+            {"a.task": "arithmetic", "b.task": "arithmetic", "b.digit": 2},
+            "the part b of the mixture: the task arithmetic has no option 'digit'",
+        ),
+        (
+            {"a.task": "arithmetic", "b.task": "arithmetic", "b.weight": 0},
+            "b.weight must be a positive number, and is 0",
+        ),
+    ],
+)
+def test_the_parts_of_a_mixture_are_checked(options, message):
+    with pytest.raises(TaskError) as error:
+        load_task("mixture", options)
+    assert message in str(error.value)
+
+
+def test_names_of_files_are_made_whole_and_their_text_is_part_of_a_runs_place(data, functions, tmp_path, monkeypatch):
+    options = mixed(data, functions)
+    monkeypatch.chdir(tmp_path)
+    relative = {**options, "mine.data": "data.jsonl", "mine.rewards": "r.py:correct"}
+    assert absolute("mixture", relative) == ("mixture", options)
+    before = source_hash("mixture", options)
+    (tmp_path / "r.py").write_text(REWARDS + "\n")
+    assert source_hash("mixture", options) != before
+    assert source_hash("arithmetic", {}) == source_hash("reasoning-gym:chain_sum", {}) == ""
