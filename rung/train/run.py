@@ -65,9 +65,7 @@ def train(
     Raises ConfigError, TaskError, ModelError before anything is made, RunError where the folder is taken.
     """
     name, options = absolute(recipe.task.name, recipe.task.options)
-    recipe = replace(
-        recipe, model=absolute_source(recipe.model, listener), task=TaskSpec(name=name, options=options)
-    )
+    recipe = replace(recipe, model=absolute_source(recipe.model, listener), task=TaskSpec(name=name, options=options))
     check_recipe(recipe)
     folder = Path(folder or Path("runs") / recipe.name)
     if or_resume and (folder / "config.json").exists():
