@@ -101,12 +101,18 @@ def memory(recipe: GroupRL, config: DecoderConfig, prompt: int) -> dict[str, flo
         "AdamW moments": 8.0 * weights,
         "reference": float(width * weights) if needs_reference(recipe.method) else 0.0,
     }
-    rows = prompt + recipe.max_tokens
+    rows = positions(recipe, config, prompt)
     per_row = sum(2 * block.mixer.kv_heads * block.mixer.head_dim for block in config.blocks) * width
     parts["key-value cache"] = float(_slots(recipe) * rows * per_row)
     parts["learner's logits"] = head_bytes(config, width)
     parts["activations"] = float(recipe.tokens_per_micro_batch * activation_bytes(config, width))
     return parts
+
+
+def positions(recipe: GroupRL, config: DecoderConfig, prompt: int) -> int:
+    """Positions of a long episode; the environment is taken to say as much as the prompt before each further answer."""
+    limit = min(recipe.max_length or config.max_positions, config.max_positions)
+    return min(recipe.max_turns * (prompt + recipe.max_tokens), limit)
 
 
 def _slots(recipe: GroupRL) -> int:
@@ -135,7 +141,7 @@ def duration(recipe: GroupRL, weights: int, rate: float, prompt: float) -> float
     prompt: tokens of one
     """
     prompts = recipe.prompts_per_step * prompt
-    sampled = recipe.prompts_per_step * recipe.samples_per_prompt * recipe.max_tokens
+    sampled = recipe.prompts_per_step * recipe.samples_per_prompt * recipe.max_tokens * recipe.max_turns
     rolled = 2.0 * weights * (prompts + sampled)
     learned = (8.0 if needs_reference(recipe.method) else 6.0) * weights * (prompts + sampled)
     evaluated = 2 * 2.0 * weights * recipe.eval_problems * (prompt + recipe.max_tokens)
