@@ -50,9 +50,7 @@ def between(
     closed, _ = _tail(tokenizer, [*said, *words], placeholder, opening=False)
     start, anchor = 0, ""
     if end is not None:
-        ends = "|".join(re.escape(tokenizer.token_of(i)) for i in tokenizer.eos_ids)
-        written = re.match(rf"\s*({ends})", tail)
-        start = written.end() if written else 0
+        start = _end_written(tokenizer, tail, _tail(tokenizer, said, placeholder, opening=False)[0], end)
         anchor = tokenizer.token_of(end) if end in tokenizer.special.values() else ""
     ids = encoded(tokenizer, anchor + tail[start:], mark)[bool(anchor) :]  # some tokenizers see what stands before
     opens = len(closed) - start if tail.startswith(closed) else len(tail)
@@ -81,6 +79,19 @@ def _tail(tokenizer: Tokenizer, messages: Sequence[Message], placeholder: str, *
             "to 1."
         )
     return tails[0], mark
+
+
+def _end_written(tokenizer: Tokenizer, tail: str, closing: str, end: int) -> int:
+    """Characters of the tail that the sampled end token stands for: the end token of the template, and blanks before.
+
+    closing: the tail of a conversation that ends with the answer.  What the tail has and it has not begins the next
+    message (GLM ends an answer with the token that names the next speaker): only an equal one is left out.
+    """
+    ends = rf"\s*({'|'.join(re.escape(tokenizer.token_of(i)) for i in tokenizer.eos_ids)})"
+    written = re.match(ends, tail)
+    if written is None or not (re.match(ends, closing) or written[1] == tokenizer.token_of(end)):
+        return 0
+    return written.end()
 
 
 def _refuse_omissions(

@@ -17,8 +17,8 @@ from rung.tasks.arithmetic import Arithmetic
 from rung.tasks.base import split_of
 from rung.tasks.sandbox import Grader
 from rung.train.config import TaskSpec
-from rung.train.turns import Episode
 from rung.train.run import train
+from rung.train.turns import Episode
 
 OPTIONS = {"prompt": "{expression}", "opening": "{expression} ="}
 
