@@ -3,7 +3,7 @@
     user: What is 417 * 36 - 5?   assistant: <calc>417*36-5</calc>   user: = 15007   assistant: 15007
 
 The tool is a parser of its own for + - * / and brackets over whole numbers, in fractions: no text is run as a program,
-and a text of LONGEST characters bounds the size of every value in it.
+and limits on length and brackets bound the size of every value, and the depth of the parser.
 """
 
 import re
@@ -16,7 +16,8 @@ from rung.core.errors import TaskError
 from rung.core.words import Answer, Grade, Message, Problem
 from rung.tasks.arithmetic import Arithmetic
 
-LONGEST = 200  # characters of an expression: its value has hardly more digits, and its brackets nest half as deep
+LONGEST = 200  # characters of an expression: its value has hardly more digits
+BRACKETS = 20  # of an expression: each takes three levels of Python's stack of 1000
 MARKED = re.compile(r"<calc>(.*?)</calc>", re.DOTALL)
 SYSTEM = "To calculate, write <calc>expression</calc> and stop: I tell you the value. Then answer with the number only."
 
@@ -92,6 +93,8 @@ def evaluate(expression: str) -> Fraction:
         raise ValueError(f"an expression has at most {LONGEST} characters")
     if not re.fullmatch(r"[0-9+*/()\s-]*", expression, re.ASCII):
         raise ValueError("an expression is made of whole numbers, + - * / and brackets")
+    if expression.count("(") > BRACKETS:
+        raise ValueError(f"an expression has at most {BRACKETS} pairs of brackets")
     tokens = iter([*re.findall(r"[0-9]+|[-+*/()]", expression), ""])
     value, after = _sum(next(tokens), tokens)
     if after:
