@@ -24,6 +24,8 @@ class Eval:
     problems: how many are asked
     split: train, validation or held_out
     max_tokens: most tokens of an answer
+    max_turns: most answers of an episode, for tasks that reply
+    max_length: most positions of an episode, prompt included; 0: as many as the model has
     temperature: 0 always takes the likeliest token
     seed: chooses the problems
     dtype: auto is bf16 where the machine multiplies it fast, else fp32
@@ -34,6 +36,8 @@ class Eval:
     problems: int = 500
     split: Literal["train", "validation", "held_out"] = "held_out"
     max_tokens: int = 16
+    max_turns: int = 1
+    max_length: int = 0
     temperature: float = 0.0
     seed: int = 0
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
@@ -64,6 +68,8 @@ def run(args: list[str]) -> None:
             problems=asked.problems,
             split=asked.split,
             max_tokens=asked.max_tokens,
+            max_turns=asked.max_turns,
+            max_length=asked.max_length,
             temperature=asked.temperature,
             seed=asked.seed,
             listener=display,

@@ -12,7 +12,7 @@ from rung.tasks.base import Split, Task, problem_at, problems, where
 from rung.tasks.load import RewardTask
 from rung.text.pretrained import Tokenizer
 from rung.train.config import GroupRL
-from rung.train.rollouts import limits_of, prompt_of
+from rung.train.rollouts import bounds_of, prompt_of
 from rung.train.turns import GOES_ON
 
 LOOKED_AT = 64  # problems of a part, where the task makes them; a list is read to its end
@@ -24,7 +24,7 @@ def check_problems(recipe: GroupRL, task: Task, listener: Listener = silent) -> 
     if recipe.max_turns == 1:
         _refuse_several_turns(task)
     model = weightless(recipe, listener)
-    limits = limits_of(model, max_turns=recipe.max_turns, max_length=recipe.max_length)
+    bounds = bounds_of(model, max_turns=recipe.max_turns, max_length=recipe.max_length)
     parts: list[Split] = ["train", "held_out"]
     if 0 < recipe.eval_every < recipe.num_steps:
         parts.append("validation")
@@ -38,7 +38,7 @@ def check_problems(recipe: GroupRL, task: Task, listener: Listener = silent) -> 
                 f"{error}. eval_every = {recipe.eval_every} asks validation problems: set it to 0 to do without"
             ) from error
         for problem in found:
-            prompt_of(model, problem, recipe.max_tokens, limits.max_length)
+            prompt_of(model, problem, recipe.max_tokens, bounds.max_length)
 
 
 def _refuse_several_turns(task: Task) -> None:

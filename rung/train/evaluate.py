@@ -15,8 +15,8 @@ from rung.tasks.base import problems as problems_of
 from rung.tasks.load import load_task
 from rung.tasks.sandbox import Grader
 from rung.train.config import TaskSpec
-from rung.train.rollouts import limits_of, prompt_of
-from rung.train.turns import Limits, Opening, Question, play
+from rung.train.rollouts import bounds_of, prompt_of
+from rung.train.turns import Bounds, Opening, Question, play
 
 CHUNK = 128  # problems between two pieces of news
 
@@ -69,7 +69,7 @@ def evaluate(
             asked,
             sampling,
             grader.judge,
-            limits=limits_of(model, max_turns=max_turns, max_length=max_length),
+            bounds=bounds_of(model, max_turns=max_turns, max_length=max_length),
             seed=seed,
             stage="evaluate",
             split=split,
@@ -84,7 +84,7 @@ def evaluate_with(
     sampling: Sampling,
     judge: Callable[[Sequence[Answer]], Sequence[Grade | Reply]],
     *,
-    limits: Limits,
+    bounds: Bounds,
     seed: int,
     stage: str,
     split: Split,
@@ -94,7 +94,7 @@ def evaluate_with(
     openings = [
         Opening(
             problem=problem,
-            prompt_ids=prompt_of(model, problem, sampling.max_tokens, limits.max_length),
+            prompt_ids=prompt_of(model, problem, sampling.max_tokens, bounds.max_length),
             names=((seed, "evaluate", problem.id),),
         )
         for problem in problems
@@ -107,7 +107,7 @@ def evaluate_with(
     grades: list[Grade] = []
     for start in range(0, len(problems), CHUNK):
         chunk = openings[start : start + CHUNK]
-        graded, _ = play(model, engine, chunk, sampling=sampling, limits=limits, judge=ask)
+        graded, _ = play(model, engine, chunk, sampling=sampling, bounds=bounds, judge=ask)
         answers += [episode.answer(final=True) for ((episode, _),) in graded]
         grades += [grade for ((_, grade),) in graded]
         known = [g.right for g in grades if g.known]

@@ -17,7 +17,7 @@ from rung.core.words import Answer, Grade, Problem, Reply
 from rung.engine.engine import Engine
 from rung.engine.types import EngineStats, WeightsRef
 from rung.model.model import Model
-from rung.train.turns import Episode, Limits, Opening, Question, play
+from rung.train.turns import Bounds, Episode, Opening, Question, play
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,13 +73,13 @@ class LocalRollouts:
         engine: Engine,
         *,
         sampling: Sampling,
-        limits: Limits,
+        bounds: Bounds,
         samples: int,
         seed: int,
         judge: JudgeAll,
     ):
         self.model, self.engine, self.judge = model, engine, judge
-        self.sampling, self.limits, self.samples, self.seed = sampling, limits, samples, seed
+        self.sampling, self.bounds, self.samples, self.seed = sampling, bounds, samples, seed
         self.stats, self.seconds_grade = EngineStats(), 0.0
         self._waiting: list[tuple[Sequence[Ask], WeightsRef]] = []
 
@@ -109,7 +109,7 @@ class LocalRollouts:
             self.engine,
             openings,
             sampling=self.sampling,
-            limits=self.limits,
+            bounds=self.bounds,
             judge=judge,
             weights=weights,
         )
@@ -125,7 +125,7 @@ class LocalRollouts:
         ]
 
     def _prompt(self, problem: Problem) -> tuple[int, ...]:
-        return prompt_of(self.model, problem, self.sampling.max_tokens, self.limits.max_length)
+        return prompt_of(self.model, problem, self.sampling.max_tokens, self.bounds.max_length)
 
     def take_costs(self) -> dict[str, float]:
         """Seconds spent since the last call, as metrics."""
@@ -156,10 +156,10 @@ def prompt_of(model: Model, problem: Problem, max_tokens: int, room: int) -> tup
     return ids
 
 
-def limits_of(model: Model, *, max_turns: int, max_length: int) -> Limits:
-    """Limits of an episode; max_length 0 stands for the model's positions."""
+def bounds_of(model: Model, *, max_turns: int, max_length: int) -> Bounds:
+    """Bounds of an episode; max_length 0 stands for the model's positions."""
     room = model.decoder.config.max_positions
-    return Limits(max_turns=max_turns, max_length=min(max_length or room, room))
+    return Bounds(max_turns=max_turns, max_length=min(max_length or room, room))
 
 
 def asks_of(step: int, problems: Iterable[Problem], samples: int, drawn: Counter[str]) -> list[Ask]:

@@ -222,7 +222,7 @@ def _evaluate(
             asked,
             sampling,
             session.grader.judge,
-            limits=session.rollouts.limits,
+            bounds=session.rollouts.bounds,
             seed=0,
             stage=stage,
             split=split,

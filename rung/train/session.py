@@ -27,7 +27,7 @@ from rung.train.grpo import Trainer
 from rung.train.methods import check_method, needs_reference
 from rung.train.policy import frozen_copy
 from rung.train.rewards import JournalledGrades
-from rung.train.rollouts import LocalRollouts, limits_of
+from rung.train.rollouts import LocalRollouts, bounds_of
 from rung.train.step import Learner
 
 NEUTRAL = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
@@ -114,7 +114,7 @@ def open_session(recipe: GroupRL, run: RunDir, since: int, phase: "PhaseLog", li
             model,
             engine,
             sampling=sampling,
-            limits=limits_of(model, max_turns=recipe.max_turns, max_length=recipe.max_length),
+            bounds=bounds_of(model, max_turns=recipe.max_turns, max_length=recipe.max_length),
             samples=recipe.samples_per_prompt,
             seed=recipe.seed,
             judge=phase.around("grade", JournalledGrades(grader, journal)),

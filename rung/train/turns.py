@@ -28,7 +28,7 @@ GOES_ON = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
+class Bounds:
     """max_turns: answers of an episode;  max_length: positions of its stream, prompt included."""
 
     max_turns: int
@@ -94,7 +94,7 @@ def play(
     openings: Sequence[Opening],
     *,
     sampling: Sampling,
-    limits: Limits,
+    bounds: Bounds,
     judge: Judge,
     weights: WeightsRef = NAMELESS,
 ) -> tuple[list[list[tuple[Episode, Grade]]], EngineStats]:
@@ -123,13 +123,13 @@ def play(
                 replies[seat] = what
         return replies
 
-    for turn in range(1, limits.max_turns + 1):
-        replies = ask(going, "turns" if turn == limits.max_turns > 1 else "task")
-        if replies and limits.max_turns == 1:  # a task of one turn is asked all the same: it must not go on
+    for turn in range(1, bounds.max_turns + 1):
+        replies = ask(going, "turns" if turn == bounds.max_turns > 1 else "task")
+        if replies and bounds.max_turns == 1:  # a task of one turn is asked all the same: it must not go on
             raise ConfigError(GOES_ON)
         longer = {seat: _asked(model, going[seat], reply) for seat, reply in replies.items()}
         prompts = {seat: (*openings[seat[0]].prompt_ids, *next_.stream) for seat, next_ in longer.items()}
-        fits = [seat for seat in longer if len(prompts[seat]) + sampling.max_tokens <= limits.max_length]
+        fits = [seat for seat in longer if len(prompts[seat]) + sampling.max_tokens <= bounds.max_length]
         ask({seat: going[seat] for seat in longer if seat not in fits}, "room")
         keys = {(i, j): derive_key(*openings[i].names[j], turn) for i, j in fits}
         requests = [GroupRequest(prompt_ids=prompts[s], keys=(keys[s],), sampling=sampling) for s in fits]

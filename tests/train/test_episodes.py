@@ -1,4 +1,4 @@
-"""Episodes of several turns in whole runs: their streams, keys, limits and records, and how they go on after a stop."""
+"""Episodes of several turns in whole runs: their streams, keys, bounds and records, and how they go on after a stop."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from rung.tasks.sandbox import Grader
 from rung.train import session as sessions
 from rung.train.config import METHODS, Method, Optim, TaskSpec
 from rung.train.data import sample_of
-from rung.train.turns import Limits, Opening, play
+from rung.train.turns import Bounds, Opening, play
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +33,12 @@ def run(folder, tmp_path_factory):
 
 def test_a_tiny_model_learns_what_to_say_in_every_turn(folder, tmp_path):
     """The optimum is reward 1; at the start a letter has about one chance in 258."""
-    changes = {"num_steps": 13, "samples_per_prompt": 16, "checkpoint_every": 13, "max_tokens": 2}
+    changes = {"num_steps": 18, "samples_per_prompt": 16, "checkpoint_every": 18, "max_tokens": 2}
     done = rung.train(game_recipe(folder, options={"letters": "aa"}, **changes), folder=tmp_path / "run")
     rewards = [m["reward"] for m in open_run(done.folder).read("metrics") if m["kind"] == "train"]
     assert rewards[0] < 0.1
     assert rewards[-1] > 0.95
-    texts = {e["text"] for e in open_run(done.folder).read("evals") if e["step"] == 13}
+    texts = {e["text"] for e in open_run(done.folder).read("evals") if e["step"] == 18}
     assert texts == {"assistant: aa\nuser: a\nassistant: aa"}
 
 
@@ -153,8 +153,8 @@ def test_limits_that_cannot_be_meant_are_refused_by_name(folder, tmp_path, chang
         rung.train(game_recipe(folder, **changes), folder=tmp_path / "run")
 
 
-def limited(folder, *, samples=3, **limits):
-    """Episodes of a game of five letters under limits, and what the grader was asked."""
+def limited(folder, *, samples=3, **bounds):
+    """Episodes of a game of five letters under bounds, and what the grader was asked."""
     model, asked = rung.load(folder, dtype="fp32"), []
     task = game_recipe(folder, options={"letters": "abcde"}).task
     problem = Problem(id="p", messages=(Message("user", "a0"),), answer="a")
@@ -175,7 +175,7 @@ def limited(folder, *, samples=3, **limits):
             Engine(model.decoder, max_positions=256),
             [opening],
             sampling=Sampling(max_tokens=2, stop_ids=model.tokenizer.eos_ids),
-            limits=Limits(**{"max_turns": 9, "max_length": 256} | limits),
+            bounds=Bounds(**{"max_turns": 9, "max_length": 256} | bounds),
             judge=judge,
         )
     return opening, graded, asked
@@ -321,7 +321,7 @@ def test_a_judge_s_words_reach_the_learner_in_order(folder):
         Engine(model.decoder, max_positions=256),
         [opening],
         sampling=Sampling(max_tokens=2),
-        limits=Limits(max_turns=3, max_length=256),
+        bounds=Bounds(max_turns=3, max_length=256),
         judge=judge,
     )
     assert seen == [[0, 1, 2], [1]]
