@@ -33,8 +33,12 @@ def prompt_ids(
 
 
 def unused_mark(messages: Sequence[Message]) -> str:
-    """A character that no message holds."""
-    return next(chr(code) for code in MARKS if not any(chr(code) in message.content for message in messages))
+    """A character that no message holds.  Raises ModelError where there is none."""
+    used = {char for message in messages for char in message.content}
+    mark = next((chr(code) for code in MARKS if chr(code) not in used), None)
+    if mark is None:
+        raise ModelError("the messages hold every character of Unicode's private use area; one has to be left.")
+    return mark
 
 
 def harmless(tokenizer: Tokenizer, messages: Sequence[Message], mark: str) -> list[dict[str, str]]:

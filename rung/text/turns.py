@@ -20,6 +20,7 @@ Three rules decide what a template leaves open:
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from itertools import count
 
 from rung.core.errors import ModelError
@@ -28,6 +29,7 @@ from rung.core.words import Message
 from rung.text.chat import control_split, encoded, harmless, render, unused_mark
 from rung.text.pretrained import Tokenizer
 
+CACHED = 1024  # conversations, as far as the environment's part of them goes
 Given = tuple[tuple[int, ...], tuple[Origin, ...]]  # token ids, and where each came from
 
 
@@ -45,26 +47,43 @@ def between(
     """
     words, opening = (replies[:-1], replies[-1].content) if replies[-1].role == "assistant" else (replies, "")
     said, placeholder = _answers_replaced(messages, words)
+    ids, origins = _rendered(tokenizer, tokenizer.template, said, tuple(words), placeholder, end)
+    own = tokenizer.encode(opening) if opening else []
+    return (*ids, *own), (*origins, *[Origin.TOOL] * len(own))
+
+
+@lru_cache(maxsize=CACHED)
+def _rendered(
+    tokenizer: Tokenizer,
+    template: str | None,
+    said: tuple[Message, ...],
+    words: tuple[Message, ...],
+    placeholder: str,
+    end: int | None,
+) -> Given:
+    """What stands between two answers, from placeholders: samples that are told the same share it.
+
+    template: the tokenizer's, so that another one is another key
+    """
     _refuse_omissions(tokenizer, said, words, placeholder)
-    tail, mark = _tail(tokenizer, [*said, *words], placeholder, opening=True)
-    closed, _ = _tail(tokenizer, [*said, *words], placeholder, opening=False)
+    tail, mark = _tail(tokenizer, (*said, *words), placeholder, opening=True)
+    closed, _ = _tail(tokenizer, (*said, *words), placeholder, opening=False)
     start, anchor = 0, ""
     if end is not None:
         start = _end_written(tokenizer, tail, _tail(tokenizer, said, placeholder, opening=False)[0], end)
         anchor = tokenizer.token_of(end) if end in tokenizer.special.values() else ""
     ids = encoded(tokenizer, anchor + tail[start:], mark)[bool(anchor) :]  # some tokenizers see what stands before
     opens = len(closed) - start if tail.startswith(closed) else len(tail)
-    own = tokenizer.encode(opening) if opening else []
-    return (*ids, *own), (*_origins(tokenizer, ids, tail[start:], opens), *[Origin.TOOL] * len(own))
+    return tuple(ids), tuple(_origins(tokenizer, ids, tail[start:], opens))
 
 
-def _answers_replaced(messages: Sequence[Message], words: Sequence[Message]) -> tuple[list[Message], str]:
+def _answers_replaced(messages: Sequence[Message], words: Sequence[Message]) -> tuple[tuple[Message, ...], str]:
     """The conversation with placeholders for what the assistant said, and the last of them, which is found nowhere."""
     taken = [message.content for message in (*messages, *words)]
     names = (f"Rung{n}answer" for n in count())
     last = next(name for name in names if not any(name in text for text in taken))
     said = [replace(m, content="answer") if m.role == "assistant" else m for m in messages[:-1]]
-    return [*said, Message("assistant", last)], last
+    return (*said, Message("assistant", last)), last
 
 
 def _tail(tokenizer: Tokenizer, messages: Sequence[Message], placeholder: str, *, opening: bool) -> tuple[str, str]:

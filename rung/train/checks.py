@@ -49,7 +49,7 @@ def _refuse_several_turns(task: Task) -> None:
     for text in ("", problem.answer or ""):
         try:
             reply = task.reply(problem, spoken((*problem.messages, Message("assistant", text))))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise TaskError(f"the reply of the task {type(task).__name__} failed: {where(error, '')}") from error
         if reply is not None:
             raise ConfigError(f"{GOES_ON}.")

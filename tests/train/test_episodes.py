@@ -72,6 +72,7 @@ def test_a_run_records_whole_conversations(run, folder):
     assert [len([g for g in grades if kind in g]) for kind in ("reply", "grade")] == [32, 32]
     html = page.write(run.folder).read_text()
     assert "user: b\nassistant: " in html
+    assert "answers an episode" in html
     assert all("assistant: " in e["text"] for e in open_run(run.folder).read("evals"))
 
 
