@@ -52,7 +52,7 @@ def _refuse_several_turns(task: Task) -> None:
         except (Exception, SystemExit) as error:
             raise TaskError(f"the reply of the task {type(task).__name__} failed: {where(error, '')}") from error
         if reply is not None:
-            raise ConfigError(f"{GOES_ON}.")
+            raise ConfigError(GOES_ON)
 
 
 def weightless(recipe: GroupRL, listener: Listener) -> Model:

@@ -23,7 +23,7 @@ from rung.text.turns import between
 End = Literal["task", "turns", "room"]  # the task said so; max_turns; the next answer would not fit
 GOES_ON = (
     "the task replies to an answer, so that an episode has several turns, and max_turns is 1: set max_turns to how "
-    "many answers an episode may have (--max-turns)"
+    "many answers an episode may have (--max-turns)."
 )
 
 
