@@ -101,7 +101,7 @@ def memory(recipe: GroupRL, config: DecoderConfig, prompt: int) -> dict[str, flo
         "AdamW moments": 8.0 * weights,
         "reference": float(width * weights) if needs_reference(recipe.method) else 0.0,
     }
-    rows = positions(recipe, config, prompt)
+    rows = positions(recipe, config.max_positions, prompt)
     per_row = sum(2 * block.mixer.kv_heads * block.mixer.head_dim for block in config.blocks) * width
     parts["key-value cache"] = float(_slots(recipe) * rows * per_row)
     parts["learner's logits"] = head_bytes(config, width)
@@ -109,10 +109,10 @@ def memory(recipe: GroupRL, config: DecoderConfig, prompt: int) -> dict[str, flo
     return parts
 
 
-def positions(recipe: GroupRL, config: DecoderConfig, prompt: int) -> int:
-    """Positions of a long episode; the environment is taken to say as much as the prompt before each further answer."""
-    limit = min(recipe.max_length or config.max_positions, config.max_positions)
-    return min(recipe.max_turns * (prompt + recipe.max_tokens), limit)
+def positions(recipe: GroupRL, room: int, prompt: int) -> int:
+    """Positions of a long episode in a model of `room` positions; the environment is taken to say as much as the prompt
+    before each further answer."""
+    return min(recipe.max_turns * (prompt + recipe.max_tokens), recipe.max_length or room, room)
 
 
 def _slots(recipe: GroupRL) -> int:
