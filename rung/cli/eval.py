@@ -25,6 +25,8 @@ class Eval:
     problems: how many are asked
     split: train, validation or held_out
     max_tokens: most tokens of an answer
+    max_turns: most answers of an episode, for tasks that reply
+    max_length: most positions of an episode, prompt included; 0: as many as the model has
     temperature: 0 always takes the likeliest token
     seed: chooses the problems
     grade_seconds: most seconds by the clock that the verifier may take for one answer
@@ -37,6 +39,8 @@ class Eval:
     problems: int = 500
     split: Literal["train", "validation", "held_out"] = "held_out"
     max_tokens: int = 16
+    max_turns: int = 1
+    max_length: int = 0
     temperature: float = 0.0
     seed: int = 0
     grade_seconds: float = 5.0
@@ -69,6 +73,8 @@ def run(args: list[str]) -> None:
             problems=asked.problems,
             split=asked.split,
             max_tokens=asked.max_tokens,
+            max_turns=asked.max_turns,
+            max_length=asked.max_length,
             temperature=asked.temperature,
             seed=asked.seed,
             limits=Limits(seconds=asked.grade_seconds),

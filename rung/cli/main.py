@@ -23,6 +23,7 @@ VERBS: Mapping[str, str] = {
     "chat": "talk with a model",
     "runs": "list the runs on this machine",
     "report": "write the report of a run",
+    "diff": "compare two runs, and say whether they differ by more than chance",
     "models": "list the models on this machine, and how to get others",
     "solve": "solve a finite Markov decision process exactly",
     "figures": "compute the textbooks' figures anew",

@@ -147,6 +147,19 @@ class Completion:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Turn:
+    """One answer of an episode, and what stands between the answer before it and this one.
+
+    given_ids:    end of the turn before, the environment's words, opening of this answer; () before a first answer
+    given_origin: TEMPLATE or TOOL for each
+    """
+
+    completion: Completion
+    given_ids: tuple[int, ...] = ()
+    given_origin: tuple["Origin", ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class GroupRequest:
     """One prompt and the keys of its samples: the prompt is computed once, then forked.
 

@@ -4,7 +4,7 @@ A task never sees a token.  A grade is right, wrong or *unknown*: unknown means 
 never counted as a zero.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -41,7 +41,11 @@ class Problem:
 class Answer:
     """What came back for one problem: the text, why it ended, and its length in tokens (end token included).
 
-    key: the sample's own number, which names its draws; no two samples of a run share it
+    key:     the sample's own number, which names its draws; no two samples of a run share it
+    earlier: what was said between the problem and `text`, where the episode has several turns: answers and replies
+    final:   whether the episode ends with this answer, whatever the task's `reply` would say
+
+    In an episode of several turns, text and stop are those of the last one, and num_tokens counts all that was sampled.
     """
 
     problem: Problem
@@ -49,6 +53,13 @@ class Answer:
     stop: Stop
     num_tokens: int
     key: int = 0
+    earlier: tuple[Message, ...] = ()
+    final: bool = True
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """The whole conversation, from the problem to this answer."""
+        return spoken((*self.problem.messages, *self.earlier, Message("assistant", self.text)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +80,23 @@ class Grade:
     @property
     def known(self) -> bool:
         return self.score is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """The environment's next turn: the episode goes on."""
+
+    messages: tuple[Message, ...]
+
+
+def spoken(messages: Iterable[Message]) -> tuple[Message, ...]:
+    """A conversation in which an answer and the opening that was written for it are one message."""
+    said: list[Message] = []
+    for message in messages:
+        if said and said[-1].role == message.role == "assistant":
+            message = Message("assistant", said.pop().content + message.content)
+        said.append(message)
+    return tuple(said)
 
 
 def unknown(error: str) -> Grade:

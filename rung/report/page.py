@@ -21,7 +21,12 @@ from rung.report.visible import visible
 
 MAX_TEXT = 2000  # characters of a model's text that are shown
 PAIRS_OF_A_KIND = {"became right": 6, "still wrong": 4, "became wrong": 4, "still right": 2}  # shown, at most
-EVAL_FLAGS = {"max_tokens": "--max-tokens", "eval_problems": "--problems", "dtype": "--dtype"}
+EVAL_FLAGS = {
+    "max_tokens": "--max-tokens",
+    "max_turns": "--max-turns",
+    "eval_problems": "--problems",
+    "dtype": "--dtype",
+}
 MAX_GROUP = 8  # samples of the group that is shown
 PHASES = {"prefill": "prompts (prefill)", "decode": "sampling (decode)", "grade": "grading", "learn": "learning"}
 COMPUTED = "over the tokens that the learner computed; it skips groups that can teach it nothing."
@@ -207,6 +212,8 @@ def _tiles(record: Record) -> list[tuple[str, str]]:
         tiles.append(("time in steps", _duration(seconds)))
     if gaps := record.points("gap_max"):
         tiles.append(("largest log-prob gap", f"{max(gap for _, gap in gaps):.2g} nats"))
+    if turns := [turns for _, turns in record.points("turns") if turns > 1]:
+        tiles.append(("answers an episode", f"{sum(turns) / len(turns):.1f}"))
     if unknown := record.total("unknown"):
         tiles.append(("grades unknown", _percent(unknown / len(record.train))))
     if dropped := record.total("groups_dropped"):

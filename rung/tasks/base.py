@@ -35,7 +35,10 @@ class Task(Protocol):
         """Problem number `index`, from 0; the same in every process and every run."""
 
     def reply(self, problem: Problem, messages: Sequence[Message]) -> list[Message] | None:
-        """The environment's next turn; None ends the episode."""
+        """The environment's next turn; None ends the episode.
+
+        messages: the conversation so far, from the problem to the answer that was just given
+        """
 
     def grade(self, answers: Sequence[Answer]) -> list[Grade]:
         """One grade per answer."""

@@ -33,6 +33,8 @@ from rung.tasks.base import Task, problem_at, problem_id, split_of, where
 
 BUILT_IN: Mapping[str, str] = {
     "arithmetic": "rung.tasks.arithmetic:Arithmetic",
+    "calculator": "rung.tasks.calculator:Calculator",
+    "guess": "rung.tasks.guess:Guess",
     "maths": "rung.tasks.maths:Maths",
     "mixture": "rung.tasks.mixture:mixture",
     "rewards": "rung.tasks.rewards:Rewards",
@@ -46,8 +48,8 @@ METHODS = ("__len__", "problem", "reply", "grade")
 def load_task(name: str, options: Mapping[str, Any]) -> Task:
     """The task of a name, made with these options.
 
-    Raises TaskError for a name that leads nowhere, a file that raises, an unknown option, an empty set of problems, a
-    first problem that cannot be had, or a task of several turns.
+    Raises TaskError for a name that leads nowhere, a file that raises, an unknown option, an empty set of problems,
+    or a first problem that cannot be had.
     """
     found, module, place = _find(name)
     _check_options(name, found, options)
@@ -61,7 +63,7 @@ def load_task(name: str, options: Mapping[str, Any]) -> Task:
         raise TaskError(f"{name} must be a Task (__len__, problem, reply, grade), and has no {missing[0]}")
     if _run(name, place, lambda: len(task)) == 0:
         raise TaskError(f"the task {name} has no problems: it needs a few dozen, to learn from and to hold out")
-    _refuse_several_turns(name, place, task)
+    problem_at(task, 0)
     return task
 
 
@@ -163,18 +165,6 @@ def _find(name: str) -> tuple[Callable[..., Any], ModuleType, str]:
     if not callable(found):
         raise TaskError(f"{name} must be a Task class or a function, and is {type(found).__name__}")
     return found, module, place
-
-
-def _refuse_several_turns(name: str, place: str, task: Task) -> None:
-    """A task that goes on after an answer would be run as one turn in silence."""
-    problem = problem_at(task, 0)
-    for text in ("", problem.answer or ""):
-        turns = [*problem.messages, Message("assistant", text)]
-        if _run(name, place, partial(task.reply, problem, turns)) is not None:
-            raise TaskError(
-                f"the task {name} replies to an answer, and several turns are not supported yet: `reply` must return "
-                "None, which ends the episode after one answer"
-            )
 
 
 def _decoded(name: str, cls: Any, options: Mapping[str, Any]) -> Task:

@@ -27,7 +27,7 @@ from typing import Any
 
 from rung.core.config import decode, encode
 from rung.core.errors import ConfigError, TaskError
-from rung.core.words import Answer, Grade, unknown
+from rung.core.words import Answer, Grade, Reply, unknown
 from rung.tasks.confine import described
 from rung.tasks.load import absolute
 
@@ -81,11 +81,19 @@ class Grader:
         self.lacking = lacking(self._child.facts, self._limits)
 
     def grade(self, answers: Sequence[Answer]) -> list[Grade]:
-        """One grade per answer.  An answer that fails the verifier is judged by the problem's known-good answer."""
+        """One grade per answer, each taken as final."""
+        judged = self.judge([replace(answer, final=True) for answer in answers])
+        return [grade for grade in judged if isinstance(grade, Grade)]
+
+    def judge(self, answers: Sequence[Answer]) -> list[Grade | Reply]:
+        """One grade per answer, or the environment's reply to one that is not final.
+
+        An answer that fails the verifier, or the environment, is judged by the problem's known-good answer.
+        """
         self._broken = ""
         hopeless: dict[str, str] = {}
         outcomes = self._outcomes(answers)
-        works = any(isinstance(outcome, Grade) and outcome.known for outcome in outcomes)
+        works = any(_managed(outcome) for outcome in outcomes)
         return [
             self._judge(answer, outcome, hopeless, works) for answer, outcome in zip(answers, outcomes, strict=True)
         ]
@@ -99,9 +107,9 @@ class Grader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _outcomes(self, answers: Sequence[Answer]) -> list["Grade | _Failure"]:
-        """A grade or a failure per answer; the child is started anew after each that it did not survive."""
-        outcomes: list[Grade | _Failure] = []
+    def _outcomes(self, answers: Sequence[Answer]) -> list["Grade | Reply | _Failure"]:
+        """A judgement or a failure per answer; the child is started anew after each that it did not survive."""
+        outcomes: list[Grade | Reply | _Failure] = []
         while len(outcomes) < len(answers) and self._ready():
             rest = answers[len(outcomes) :]
             try:
@@ -127,25 +135,28 @@ class Grader:
     def _living(self) -> "_Child | None":
         return self._child if self._child.alive else None
 
-    def _judge(self, answer: Answer, outcome: "Grade | _Failure", hopeless: dict[str, str], works: bool) -> Grade:
+    def _judge(
+        self, answer: Answer, outcome: "Grade | Reply | _Failure", hopeless: dict[str, str], works: bool
+    ) -> Grade | Reply:
         """What a failure means.
 
         hopeless: problems whose known-good answer fails, and how; filled as it goes (those without one are one problem)
-        works:    some answer of the batch was graded
+        works:    some answer of the batch was judged
         """
         if isinstance(outcome, _Failure) and outcome.child is not None and outcome.child is not self._living():
             (outcome,) = self._outcomes([answer])  # perhaps an accident, or an earlier answer's doing: once more
         known_good = answer.problem.answer
         problem = "" if known_good is None else answer.problem.id
         for attempt in range(2):
-            if isinstance(outcome, Grade):
+            if not isinstance(outcome, _Failure):
                 return outcome
             if problem in hopeless:
                 break
             survived = self._child.alive
             control = self._control(answer)
-            if isinstance(control, Grade) and control.known:
+            if _managed(control):
                 return Grade(score=0.0, error=outcome.reason)
+            assert not isinstance(control, Reply)
             if not survived or attempt:
                 hopeless[problem] = control.error if isinstance(control, Grade) else control.reason
             else:  # an earlier answer may have left the child in ruins: once more, in a new one
@@ -159,12 +170,15 @@ class Grader:
             kind = "with no known-good answer to try, every other answer, an empty one and '0' fail too"
         return unknown(f"{outcome.reason}; {kind}: {hopeless[problem]}")
 
-    def _control(self, answer: Answer) -> "Grade | _Failure":
-        """What becomes of the known-good answer to a problem; without one, of the first stand-in that is graded."""
+    def _control(self, answer: Answer) -> "Grade | Reply | _Failure":
+        """What becomes of the known-good answer to a problem; without one, of the first stand-in that is judged.
+
+        It is given at once: what the model said in earlier turns may be what fails the verifier.
+        """
         known_good = answer.problem.answer
         for text in STAND_INS if known_good is None else (known_good,):
-            (outcome,) = self._outcomes([replace(answer, text=text, stop="eos")])
-            if isinstance(outcome, Grade) and outcome.known:
+            (outcome,) = self._outcomes([replace(answer, text=text, stop="eos", earlier=())])
+            if _managed(outcome):
                 break
         return outcome
 
@@ -215,6 +229,11 @@ class _Failure:
     child: "_Child | None" = None
 
 
+def _managed(outcome: "Grade | Reply | _Failure") -> bool:
+    """Whether the task did its work on an answer, whatever it thinks of it."""
+    return isinstance(outcome, Reply) or (isinstance(outcome, Grade) and outcome.known)
+
+
 class _Child:
     """One worker process, alive until it fails to answer.  Raises TaskError where it does not get ready."""
 
@@ -244,12 +263,14 @@ class _Child:
             self._process.stdin.write(json.dumps(message).encode() + b"\n")
             self._process.stdin.flush()
 
-    def result(self, seconds: float) -> Grade | _Failure:
-        """The next grade, or why there is none."""
+    def result(self, seconds: float) -> Grade | Reply | _Failure:
+        """The next grade or reply, or why there is none."""
         message = self._receive(seconds)
         if isinstance(message, _Failure):
             self.kill()
             return message
+        if "reply" in message:
+            return decode(Reply, message["reply"])
         return decode(Grade, message["grade"]) if "grade" in message else _Failure(message["error"], self)
 
     def kill(self) -> None:

@@ -1,7 +1,8 @@
 """The grading child: `python -m rung.tasks.worker LIMITS`.  It runs a verifier on one answer at a time; it may die.
 
 In, on stdin, JSON lines: first {"task", "options", "folder"}, then {"answers": [...]}.
-Out, on what was stdout: {"ready": facts} or {"error": ...}; then a line per answer in order, {"grade"} or {"error"}.
+Out, on what was stdout: {"ready": facts} or {"error": ...}; then a line per answer in order: {"grade"}, {"error"}, or
+{"reply"} where the answer is not final and the task's environment goes on.
 What the verifier itself prints goes to stderr.  The process ends with its parent: stdin closes.
 
 A task is loaded where the parent stands, so that it finds its files by relative names; no answer has been seen then.
@@ -17,11 +18,11 @@ import sys
 import threading
 from dataclasses import replace
 from io import FileIO
-from typing import Any
+from typing import Any, get_args
 
 from rung.core.config import decode, encode
 from rung.core.errors import RungError, TaskError
-from rung.core.words import Answer, Grade
+from rung.core.words import Answer, Grade, Message, Reply, Role
 from rung.tasks.base import Task, where
 from rung.tasks.confine import confine
 from rung.tasks.load import load_task
@@ -46,11 +47,13 @@ def main() -> None:
         for answer in requests.get()["answers"]:
             usage = resource.getrusage(resource.RUSAGE_SELF)
             _limit(resource.RLIMIT_CPU, math.ceil(usage.ru_utime + usage.ru_stime + limits["cpu_seconds"]))
-            _send(results, _grade(task, decode(Answer, answer), setup["task"]), sender=serving)
+            _send(results, _judge(task, decode(Answer, answer), setup["task"]), sender=serving)
 
 
-def _grade(task: Task, answer: Answer, name: str) -> dict[str, Any]:
+def _judge(task: Task, answer: Answer, name: str) -> dict[str, Any]:
     try:
+        if not answer.final and (said := task.reply(answer.problem, list(answer.messages))) is not None:
+            return {"reply": encode(_sound_reply(said))}
         return {"grade": encode(_sound(task.grade([answer])))}
     except RungError as error:
         return {"error": f"the task {name}: {error}"}
@@ -68,6 +71,19 @@ def _sound(grades: Any) -> Grade:
     parts = {name: _number(value) for name, value in grade.parts.items()}
     score = None if grade.score is None else _number(grade.score)
     return replace(grade, score=score, right=bool(grade.right), parts=parts, error=str(grade.error))
+
+
+def _sound_reply(said: Any) -> Reply:
+    """The environment's turn.  Raises TaskError for what is none."""
+    if not isinstance(said, list | tuple) or not all(isinstance(message, Message) for message in said):
+        raise TaskError(f"reply must return None or a list of Messages, and returned {reprlib.repr(said)}")
+    for message in said:
+        if message.role not in get_args(Role) or not isinstance(message.content, str):
+            raise TaskError(f"a Message has a role ({', '.join(get_args(Role))}) and a text, and is {message!r:.200}")
+        message.content.encode()  # unpaired surrogates are no text
+    if not said or said[0].role == "assistant":
+        raise TaskError("reply must return None, which ends the episode, or begin with a turn that is not the model's")
+    return Reply(messages=tuple(said))
 
 
 def _number(value: Any) -> float:

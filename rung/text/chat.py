@@ -39,20 +39,39 @@ def prompt_ids(
     What stands before the first message without a system message is the template's business (SmolLM2 adds its own).
     Raises ModelError when the model has no template, or the template refuses the messages.
     """
+    mark = unused_mark(messages)
+    text = render(tokenizer, harmless(tokenizer, messages, mark), add_generation_prompt=add_generation_prompt)
+    return encoded(tokenizer, text, mark)
+
+
+def unused_mark(messages: Sequence[Message]) -> str:
+    """A character that no message holds.  Raises ModelError where there is none."""
     used = {char for message in messages for char in message.content}
     mark = next((chr(code) for code in MARKS if chr(code) not in used), None)
     if mark is None:
         raise ModelError("the messages hold every character of Unicode's private use area; one has to be left.")
-    broken = [_broken(message.content, tokenizer.special, mark) for message in messages]
-    turns = [{"role": m.role, "content": text} for m, text in zip(messages, broken, strict=True)]
-    text = render(tokenizer, turns, add_generation_prompt=add_generation_prompt)
+    return mark
+
+
+def harmless(tokenizer: Tokenizer, messages: Sequence[Message], mark: str) -> list[dict[str, str]]:
+    """Messages as a template takes them, every spelling of a control token in them broken by the mark."""
+    return [{"role": m.role, "content": _broken(m.content, tokenizer.special, mark)} for m in messages]
+
+
+def encoded(tokenizer: Tokenizer, text: str, mark: str) -> tuple[int, ...]:
+    """Token ids of a rendered text: control tokens are those of the template, and the marks are gone."""
     if mark not in text:
         return tuple(tokenizer.encode_control(text))
     ids: list[int] = []
-    for piece in re.split(f"({_any_of(tokenizer.special)})", text):
+    for piece in control_split(tokenizer, text):
         control = tokenizer.special.get(piece)
         ids += tokenizer.encode(piece.replace(mark, "")) if control is None else [control]
     return tuple(ids)
+
+
+def control_split(tokenizer: Tokenizer, text: str) -> list[str]:
+    """Stretches of plain text and the control tokens between them, in turns; a stretch comes first and last."""
+    return re.split(f"({_any_of(tokenizer.special)})", text) if tokenizer.special else [text]
 
 
 def render(tokenizer: Tokenizer, turns: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:

@@ -1,21 +1,27 @@
 """What is tried before a run has a folder: that its task has every problem it will ask, and that they fit the model."""
 
-from rung.core.errors import ModelError, TaskError
+from rung.core.errors import ConfigError, ModelError, TaskError
 from rung.core.progress import Listener, silent
+from rung.core.words import Message, spoken
 from rung.lm.adapters.peft import is_adapter
 from rung.lm.weights.sources import locate
 from rung.model.model import Model, outline
-from rung.tasks.base import Split, Task, problems
+from rung.tasks.base import Split, Task, problem_at, problems, where
 from rung.tasks.load import RewardTask
 from rung.train.config import GroupRL
-from rung.train.rollouts import prompt_of
+from rung.train.rollouts import bounds_of, prompt_of
+from rung.train.turns import GOES_ON
 
 LOOKED_AT = 64  # problems of a part, where the task makes them; a list is read to its end
 
 
 def check_problems(recipe: GroupRL, task: Task, listener: Listener = silent) -> None:
-    """Raises TaskError for an empty part that the run will ask, and for a problem that is too long for the model."""
+    """Raises TaskError for an empty part that the run will ask, and for a problem that is too long for the model;
+    ConfigError for a task of several turns where one is wanted."""
+    if recipe.max_turns == 1:
+        _refuse_several_turns(task)
     model = weightless(recipe, listener)
+    bounds = bounds_of(model, max_turns=recipe.max_turns, max_length=recipe.max_length)
     parts: list[Split] = ["train", "held_out"]
     if 0 < recipe.eval_every < recipe.num_steps:
         parts.append("validation")
@@ -29,7 +35,21 @@ def check_problems(recipe: GroupRL, task: Task, listener: Listener = silent) -> 
                 f"{error}. eval_every = {recipe.eval_every} asks validation problems: set it to 0 to do without"
             ) from error
         for problem in found:
-            prompt_of(model, problem, recipe.max_tokens)
+            prompt_of(model, problem, recipe.max_tokens, bounds.max_length)
+
+
+def _refuse_several_turns(task: Task) -> None:
+    """A task that goes on after an answer is told apart before a run is made; what this misses, the run itself refuses.
+
+    Nothing that a model said is tried here, only an empty answer and the known-good one."""
+    problem = problem_at(task, 0)
+    for text in ("", problem.answer or ""):
+        try:
+            reply = task.reply(problem, spoken((*problem.messages, Message("assistant", text))))
+        except (Exception, SystemExit) as error:
+            raise TaskError(f"the reply of the task {type(task).__name__} failed: {where(error, '')}") from error
+        if reply is not None:
+            raise ConfigError(GOES_ON)
 
 
 def weightless(recipe: GroupRL, listener: Listener = silent) -> Model:

@@ -106,7 +106,9 @@ class GroupRL:
     seed:            of all draws; also names the training problems
     num_steps:       rollout-and-learn steps
     prompts_per_step, samples_per_prompt: groups of a step, and their size (G)
-    max_tokens, temperature: of a sample; the learner scores at the same temperature
+    max_tokens, temperature: of an answer; the learner scores at the same temperature
+    max_turns:       answers of an episode, at most; 1 is for tasks that end after one
+    max_length:      positions of a whole episode, prompt included; 0: as many as the model has
     lora:            an adapter that learns in the weights' place; its optim.lr is some ten times theirs
     updates_per_rollout: 1 is on-policy; more slices the step's groups, and logp_old is recomputed by the learner
     slots:           samples decoded at a time, at most; each holds a key-value cache of its own
@@ -132,6 +134,8 @@ class GroupRL:
     samples_per_prompt: int = 8
     max_tokens: int = 16
     temperature: float = 1.0
+    max_turns: int = 1
+    max_length: int = 0
     method: Method = METHODS["grpo"]
     optim: Optim = field(default_factory=Optim)
     lora: LoRA = field(default_factory=LoRA)

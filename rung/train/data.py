@@ -1,8 +1,9 @@
 """From completions to packed micro-batches, and back.
 
-A `Sample` is one flat token stream.  `pack` lays samples on one token axis without padding; with `share_prompts`, what
-a prompt has in common with the one before it (in a group: all of it) stands there once.  Neither the split into
-micro-batches nor the sharing is visible to an objective: denominators are counted on the whole step before it is cut.
+A `Sample` is one flat token stream, of one turn or of several.  `pack` lays samples on one token axis without padding;
+with `share_prompts`, what a prompt has in common with the one before it (in a group: all of it) stands there once.
+Neither the split into micro-batches nor the sharing is visible to an objective: denominators are counted on the whole
+step before it is cut.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,26 +11,46 @@ from dataclasses import replace
 
 import torch
 
-from rung.core.records import ROOT, Completion, Counts, Layout, Origin, PackedBatch, Sample
+from rung.core.records import ROOT, Completion, Counts, Layout, Origin, PackedBatch, Sample, Turn
 from rung.core.shapes import Float, Tensor
 
 
 def sample_of(
-    prompt_ids: Sequence[int], completion: Completion, *, problem_id: str, group_id: int, reward: float
+    prompt_ids: Sequence[int],
+    completion: Completion,
+    *,
+    later: Sequence[Turn] = (),
+    problem_id: str,
+    group_id: int,
+    reward: float,
 ) -> Sample:
-    """A prompt and one completion as a sample: sampled tokens, the end token included, are trainable."""
-    prompt, sampled = len(prompt_ids), len(completion.token_ids)
-    origin = torch.tensor([Origin.PROMPT] * prompt + [Origin.SAMPLED] * sampled)
+    """A prompt and the answers to it as one stream: sampled tokens, end tokens included, are trainable, and no others.
+
+    later: the second answer and those after it, with what the template and the environment said before each
+    """
+    parts = [(Turn(completion=completion), tuple(prompt_ids), (Origin.PROMPT,) * len(prompt_ids))]
+    parts += [(turn, turn.given_ids, turn.given_origin) for turn in later]
+    ids: list[int] = []
+    kinds: list[int] = []
+    versions: list[int] = []
+    logps: list[float] = []
+    for turn, given, origin in parts:
+        drawn = turn.completion
+        ids += [*given, *drawn.token_ids]
+        kinds += [*origin, *[Origin.SAMPLED] * len(drawn.token_ids)]
+        versions += [drawn.policy_version] * (len(given) + len(drawn.token_ids))
+        logps += [*[0.0] * len(given), *drawn.logp_sampled]
+    origin_T = torch.tensor(kinds)
     return Sample(
-        token_ids=torch.tensor([*prompt_ids, *completion.token_ids]),
-        origin=origin,
-        trainable=origin == Origin.SAMPLED,
-        policy_version=torch.full((prompt + sampled,), completion.policy_version),
+        token_ids=torch.tensor(ids),
+        origin=origin_T,
+        trainable=origin_T == Origin.SAMPLED,
+        policy_version=torch.tensor(versions),
         problem_id=problem_id,
         group_id=group_id,
-        prompt_length=prompt,
+        prompt_length=len(prompt_ids),
         reward=float(reward),
-        streams={"logp_sampled": torch.tensor([0.0] * prompt + list(completion.logp_sampled))},
+        streams={"logp_sampled": torch.tensor(logps)},
     )
 
 

@@ -98,13 +98,20 @@ def memory(recipe: GroupRL, model: Model, prompt: int) -> dict[str, float]:
         "AdamW moments": 8.0 * learnt,
         "reference": float(width * weights) if needs_reference(recipe.method) and not lora.on else 0.0,
     }
-    parts["key-value cache"] = float(_slots(recipe) * (prompt + recipe.max_tokens) * footprint.cached * width)
+    rows = positions(recipe, model.decoder.max_positions, prompt)
+    parts["key-value cache"] = float(_slots(recipe) * rows * footprint.cached * width)
     parts["learner's logits"] = head_bytes(footprint, width, learnt=not lora.on)
     parts["activations"] = float(recipe.tokens_per_micro_batch * activations(recipe, model) * width)
     if lora.on and keeps_blocks("cpu", compute_dtype(recipe.dtype)):  # else they are fewer than the gradients
         learner = parts["learner's logits"] + parts["activations"]
         parts["sampler beyond learner"] = max(0.0, float(width * weights) - learner)
     return parts
+
+
+def positions(recipe: GroupRL, room: int, prompt: int) -> int:
+    """Positions of a long episode in a model of `room` positions; the environment is taken to say as much as the prompt
+    before each further answer."""
+    return min(recipe.max_turns * (prompt + recipe.max_tokens), recipe.max_length or room, room)
 
 
 def _slots(recipe: GroupRL) -> int:
@@ -132,7 +139,7 @@ def duration(recipe: GroupRL, model: Model, rate: float, prompt: float) -> float
     weights, learnt = model.decoder.footprint().parameters, num_learnt(model, recipe.lora)
     whole = weights + learnt * recipe.lora.on  # of all matrices that a token passes
     prompts = recipe.prompts_per_step * prompt
-    sampled = recipe.prompts_per_step * recipe.samples_per_prompt * recipe.max_tokens
+    sampled = recipe.prompts_per_step * recipe.samples_per_prompt * recipe.max_tokens * recipe.max_turns
     rolled = 2.0 * whole * (prompts + sampled)
     learned = (4.0 * whole + 2.0 * learnt + 2.0 * weights * needs_reference(recipe.method)) * (prompts + sampled)
     evaluated = 2 * 2.0 * whole * recipe.eval_problems * (prompt + recipe.max_tokens)

@@ -4,10 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rung.core.errors import ConfigError, TaskError
-from rung.core.keys import derive_key
 from rung.core.progress import Listener, Progress, silent
-from rung.core.records import GroupRequest, Sampling
-from rung.core.words import Answer, Grade, Problem
+from rung.core.records import Sampling
+from rung.core.words import Answer, Grade, Problem, Reply
 from rung.engine.engine import Engine
 from rung.model.model import Model
 from rung.report.load import wilson
@@ -16,7 +15,8 @@ from rung.tasks.base import problems as problems_of
 from rung.tasks.load import load_task
 from rung.tasks.sandbox import Grader, Limits
 from rung.train.config import TaskSpec
-from rung.train.rollouts import answer_to, prompt_of
+from rung.train.rollouts import bounds_of, prompt_of
+from rung.train.turns import Bounds, Opening, Question, play
 
 CHUNK = 128  # problems between two pieces of news
 
@@ -43,17 +43,22 @@ def evaluate(
     split: Split = "held_out",
     max_tokens: int = 16,
     temperature: float = 0.0,
+    max_turns: int = 1,
+    max_length: int = 0,
     seed: int = 0,
     limits: Limits | None = None,
     listener: Listener = silent,
 ) -> Evaluation:
     """Accuracy of a model on a task (a name, or a TaskSpec where it takes options).
 
+    max_turns: answers of an episode, at most;  max_length: its positions, 0 for as many as the model has
+
     Raises TaskError when the task cannot be loaded, has no problem, one that is too long for the model, or a verifier
     that grades no answer.
     """
-    if problems < 1:
-        raise ConfigError(f"problems must be at least 1, not {problems}.")
+    for name, value, least in (("problems", problems, 1), ("max_turns", max_turns, 1), ("max_length", max_length, 0)):
+        if value < least:
+            raise ConfigError(f"{name} must be at least {least}, not {value}.")
     task = TaskSpec(name=task) if isinstance(task, str) else task
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature, stop_ids=model.tokenizer.eos_ids)
     asked = problems_of(load_task(task.name, task.options), split, problems, seed)
@@ -64,7 +69,8 @@ def evaluate(
             engine,
             asked,
             sampling,
-            grader.grade,
+            grader.judge,
+            bounds=bounds_of(model, max_turns=max_turns, max_length=max_length),
             seed=seed,
             stage="evaluate",
             split=split,
@@ -77,34 +83,34 @@ def evaluate_with(
     engine: Engine,
     problems: Sequence[Problem],
     sampling: Sampling,
-    grade: Callable[[Sequence[Answer]], list[Grade]],
+    judge: Callable[[Sequence[Answer]], Sequence[Grade | Reply]],
     *,
+    bounds: Bounds,
     seed: int,
     stage: str,
     split: Split,
     listener: Listener = silent,
 ) -> Evaluation:
-    """`evaluate` with an engine, problems and a grader that exist already; news carries `accuracy_SPLIT`."""
-    prompts = {problem.id: prompt_of(model, problem, sampling.max_tokens) for problem in problems}
+    """`evaluate` with an engine, problems and a judge that exist already; news carries `accuracy_SPLIT`."""
+    openings = [
+        Opening(
+            problem=problem,
+            prompt_ids=prompt_of(model, problem, sampling.max_tokens, bounds.max_length),
+            names=((seed, "evaluate", problem.id),),
+        )
+        for problem in problems
+    ]
+
+    def ask(questions: Sequence[Question]) -> Sequence[Grade | Reply]:
+        return judge([episode.answer(final=over) for _, _, episode, over in questions])
+
     answers: list[Answer] = []
     grades: list[Grade] = []
     for start in range(0, len(problems), CHUNK):
-        chunk = problems[start : start + CHUNK]
-        requests = [
-            GroupRequest(
-                prompt_ids=prompts[problem.id],
-                keys=(derive_key(seed, "evaluate", problem.id),),
-                sampling=sampling,
-            )
-            for problem in chunk
-        ]
-        drawn, _ = engine.run(requests)
-        new = [
-            answer_to(p, group[0], model.tokenizer.decode(group[0].token_ids))
-            for p, group in zip(chunk, drawn, strict=True)
-        ]
-        answers += new
-        grades += grade(new)
+        chunk = openings[start : start + CHUNK]
+        graded, _ = play(model, engine, chunk, sampling=sampling, bounds=bounds, judge=ask)
+        answers += [episode.answer(final=True) for ((episode, _),) in graded]
+        grades += [grade for ((_, grade),) in graded]
         known = [g.right for g in grades if g.known]
         news = {f"accuracy_{split}": sum(known) / len(known)} if known else {}
         listener(Progress(stage=stage, done=len(answers), total=len(problems), metrics=news))

@@ -120,17 +120,21 @@ def gather(trainer: Trainer, step: int, weights: WeightsRef) -> tuple[list[Group
 
 def samples_of(trainer: Trainer, group: Group, number: int) -> list[Sample]:
     """The samples of known grade of a group, with their advantages and weights."""
-    known = [
-        (completion, grade.score)
-        for completion, grade in zip(group.completions, group.grades, strict=True)
-        if grade.score is not None
-    ]
+    recipe = trainer.recipe
+    known = [(e, grade.score) for e, grade in zip(group.episodes, group.grades, strict=True) if grade.score is not None]
     samples = [
-        sample_of(group.prompt_ids, completion, problem_id=group.ask.problem.id, group_id=number, reward=score)
-        for completion, score in known
+        sample_of(
+            group.prompt_ids,
+            episode.turns[0].completion,
+            later=episode.turns[1:],
+            problem_id=group.ask.problem.id,
+            group_id=number,
+            reward=score,
+        )
+        for episode, score in known
     ]
-    cut = [completion.stop == "length" for completion, _ in known]
-    return group_streams(trainer.recipe.method, samples, max_tokens=trainer.recipe.max_tokens, cut=cut)
+    cut = [any(turn.completion.stop == "length" for turn in episode.turns) for episode, _ in known]
+    return group_streams(recipe.method, samples, max_tokens=recipe.max_tokens * recipe.max_turns, cut=cut)
 
 
 def learn(trainer: Trainer, groups: Sequence[Sequence[Sample]]) -> dict[str, float]:
@@ -237,16 +241,17 @@ def refuse_stale(groups: Sequence[Group], weights: WeightsRef) -> None:
 
 def describe_rollouts(groups: Sequence[Group], chosen: Sequence[Group]) -> dict[str, float]:
     """Rewards, lengths and endings of everything sampled in a step."""
-    completions = [c for group in groups for c in group.completions]
+    episodes = [episode for group in groups for episode in group.episodes]
     grades = [grade for group in groups for grade in group.grades]
     known = [grade for grade in grades if grade.known]
-    lengths = [len(c.token_ids) for c in completions]
+    lengths = [episode.num_sampled for episode in episodes]
     return {
         "reward": sum(g.score or 0.0 for g in known) / len(known) if known else math.nan,
         "right": sum(g.right for g in known) / len(known) if known else math.nan,
         "length": sum(lengths) / len(lengths),
         "length_max": float(max(lengths)),
-        "ended": sum(c.stop == "eos" for c in completions) / len(completions),
+        "ended": sum(episode.last.stop == "eos" for episode in episodes) / len(episodes),
+        "turns": sum(len(episode.turns) for episode in episodes) / len(episodes),
         "tokens": float(sum(lengths)),
         "unknown": 1 - len(known) / len(grades),
         "groups": float(len(groups)),

@@ -13,7 +13,7 @@ from typing import get_args, get_type_hints
 import torch
 
 from rung.core.errors import ConfigError, nearest
-from rung.core.records import Objective, PackedBatch, Policy, Sample, Term, Terms, TokenScores
+from rung.core.records import Objective, Origin, PackedBatch, Policy, Sample, Term, Terms, TokenScores
 from rung.core.shapes import Tensor
 from rung.objectives.advantages import ADVANTAGES, overlong_penalty, return_to_go
 from rung.objectives.kl import KLS, Estimator, k1, k3
@@ -94,7 +94,7 @@ def group_streams(
     rewards = [sample.reward for sample in group]
     if method.overlong == "shape":
         cache = method.overlong_cache or max(max_tokens // OVERLONG_SHARE, 1)
-        lengths = [len(sample.token_ids) - sample.prompt_length for sample in group]
+        lengths = [int((sample.origin == Origin.SAMPLED).sum()) for sample in group]
         rewards = [
             r + overlong_penalty(n, limit=max_tokens, cache=cache) for r, n in zip(rewards, lengths, strict=True)
         ]

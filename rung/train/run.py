@@ -20,7 +20,7 @@ from rung.core.errors import NonFiniteError, RunError, TaskError
 from rung.core.progress import Listener, Progress, silent
 from rung.core.records import Sampling
 from rung.core.rundir import RunDir, create, open_run
-from rung.core.words import Message
+from rung.core.words import Answer, Message
 from rung.lm.weights.sources import absolute_source
 from rung.tasks.base import Split, problems
 from rung.tasks.load import absolute, load_task, source_hash
@@ -41,6 +41,7 @@ from rung.train.session import (
     start_weights,
     use_threads,
 )
+from rung.train.turns import Episode
 
 SAME_PLACE = (
     *("rung", "noise_law", "torch", "torch_build", *LIBRARIES),
@@ -230,10 +231,18 @@ def _evaluate(
     began = time.perf_counter()
     sampling = Sampling(max_tokens=session.sampling.max_tokens, temperature=0.0, stop_ids=session.sampling.stop_ids)
     asked = problems(session.task, split, number, seed=0)
-    grade = session.grader.grade
     try:
         result = evaluate_with(
-            session.model, session.engine, asked, sampling, grade, seed=0, stage=stage, split=split, listener=listener
+            session.model,
+            session.engine,
+            asked,
+            sampling,
+            session.grader.judge,
+            bounds=session.rollouts.bounds,
+            seed=0,
+            stage=stage,
+            split=split,
+            listener=listener,
         )
     except TaskError as error:
         raise TaskError(f"{error}, then resume the run: `{_command(run)}`") from error
@@ -243,7 +252,7 @@ def _evaluate(
             "split": split,
             "problem": answer.problem.id,
             "prompt": transcript(answer.problem.messages),
-            "text": answer.text,
+            "text": conversation(answer),
             "answer": answer.problem.answer,
             "right": grade.right,
             "known": grade.known,
@@ -263,14 +272,17 @@ def transcript(messages: Sequence[Message]) -> str:
     return "\n".join(f"{message.role}: {message.content}" for message in messages)
 
 
+def conversation(answer: Answer) -> str:
+    """What was said after the problem: the answer alone, or every turn of several."""
+    return transcript([*answer.earlier, Message("assistant", answer.text)]) if answer.earlier else answer.text
+
+
 def _sample_records(step: int, record: StepRecord, session: Session) -> list[dict[str, Any]]:
     advantages = {id(group): iter(samples) for group, samples in record.trained}
     out = []
     for group in record.groups:
         trained = advantages.get(id(group), iter(()))
-        for number, (completion, text, grade) in enumerate(
-            zip(group.completions, group.texts, group.grades, strict=True)
-        ):
+        for number, (episode, grade) in enumerate(zip(group.episodes, group.grades, strict=True)):
             sample = next(trained, None) if grade.known else None
             out.append(
                 {
@@ -278,11 +290,13 @@ def _sample_records(step: int, record: StepRecord, session: Session) -> list[dic
                     "problem": group.ask.problem.id,
                     "draw": group.ask.first_draw,
                     "sample": number,
-                    "key": completion.key,
+                    "key": episode.turns[0].completion.key,
                     "prompt": transcript(group.ask.problem.messages),
-                    "text": text,
-                    "token_ids": list(completion.token_ids),
-                    "stop": completion.stop,
+                    "text": conversation(episode.answer(final=True)),
+                    "token_ids": list(episode.token_ids),
+                    "turns": _turn_records(episode),
+                    "stop": episode.last.stop,
+                    "end": episode.end,
                     "score": grade.score,
                     "right": grade.right,
                     "known": grade.known,
@@ -290,6 +304,14 @@ def _sample_records(step: int, record: StepRecord, session: Session) -> list[dic
                 }
             )
     return out
+
+
+def _turn_records(episode: Episode) -> list[dict[str, Any]]:
+    """Of each answer: how many of `token_ids` were given before it, how many it has, and why it stopped."""
+    return [
+        {"given": len(turn.given_ids), "sampled": len(turn.completion.token_ids), "stop": turn.completion.stop}
+        for turn in episode.turns
+    ]
 
 
 def _summary(run: RunDir, recipe: GroupRL) -> dict[str, Any] | None:

@@ -33,7 +33,7 @@ from rung.train.grpo import Trainer
 from rung.train.methods import check_method, needs_reference
 from rung.train.policy import frozen_copy
 from rung.train.rewards import JournalledGrades
-from rung.train.rollouts import LocalRollouts
+from rung.train.rollouts import LocalRollouts, bounds_of
 from rung.train.step import Learner
 
 NEUTRAL = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
@@ -67,8 +67,9 @@ def check_recipe(recipe: GroupRL) -> None:
                 f"{name} = {getattr(recipe, name)} is refused in RL: the learner scores the whole softmax, and samples "
                 f"filtered by {name} would be off-policy in silence. Leave it at {neutral}; temperature is allowed."
             )
-    counts = ("num_steps", "prompts_per_step", "samples_per_prompt", "max_tokens", "updates_per_rollout", "slots")
-    for name in (*counts, "tokens_per_micro_batch", "checkpoint_every", "eval_problems", "validation_problems"):
+    counts = ("num_steps", "prompts_per_step", "samples_per_prompt", "max_tokens", "max_turns", "updates_per_rollout")
+    sizes = ("slots", "tokens_per_micro_batch", "checkpoint_every", "eval_problems", "validation_problems")
+    for name in (*counts, *sizes):
         if getattr(recipe, name) < 1:
             raise ConfigError(f"{name} must be at least 1, not {getattr(recipe, name)}.")
     if not recipe.temperature > 0:
@@ -82,13 +83,15 @@ def check_recipe(recipe: GroupRL) -> None:
         )
     if not recipe.lora.on and recipe.lora != LoRA():
         raise ConfigError("lora has settings and lora.rank is 0, which is no adapter: set lora.rank (16, say).")
+    if recipe.max_length < 0:
+        raise ConfigError(f"max_length must be 0 (all of the model's positions) or more, not {recipe.max_length}.")
     if recipe.optim.lr < 0 or recipe.optim.grad_clip <= 0:
         raise ConfigError("optim.lr cannot be negative, and optim.grad_clip must be positive.")
     check_method(
         recipe.method,
         samples_per_prompt=recipe.samples_per_prompt,
         updates_per_rollout=recipe.updates_per_rollout,
-        max_tokens=recipe.max_tokens,
+        max_tokens=recipe.max_tokens * recipe.max_turns,
     )
 
 
@@ -125,9 +128,10 @@ def open_session(recipe: GroupRL, run: RunDir, since: int, phase: "PhaseLog", li
             model,
             engine,
             sampling=sampling,
+            bounds=bounds_of(model, max_turns=recipe.max_turns, max_length=recipe.max_length),
             samples=recipe.samples_per_prompt,
             seed=recipe.seed,
-            grade=phase.around("grade", JournalledGrades(grader, journal)),
+            judge=phase.around("grade", JournalledGrades(grader, journal)),
         )
         trainer = Trainer(
             recipe=recipe,

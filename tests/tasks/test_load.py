@@ -116,12 +116,7 @@ BAD = {
     "a value that is refused": (None, "arithmetic", {"digits": 0}, "needs 1 to 15 digits"),
     "an unknown module": (None, "no_such_module:x", {}, "No module named 'no_such_module'"),
     "a missing file": (None, "/nowhere/mine.py:x", {}, "there is no task file /nowhere/mine.py"),
-    "a name without a part": (
-        None,
-        "mine.py",
-        {},
-        "'mine.py'. Known: arithmetic, maths, mixture, reasoning-gym:..., rewards, steps. Your own is named",
-    ),
+    "a name without a part": (None, "mine.py", {}, "no task is called 'mine.py'. Known: arithmetic, "),
     "a misspelt name": (REWARD, "rewrd", {}, "mine.py has no 'rewrd'. Did you mean 'reward'?"),
     "a file that raises": ("x = 1\ny = [\n    x / 0]\n", "y", {}, "ZeroDivisionError: division by zero ("),
     "the line where it raises": ("x = 1\ndef f():\n    return x / 0\nf()\n", "f", {}, "line 3: return x / 0)"),
@@ -190,12 +185,6 @@ BAD = {
         "reward",
         {},
         "needs the option 'problem'. A reward function begins with `(problem, text`",
-    ),
-    "a task of several turns": (
-        TASK.replace("        return None", "        return [Message('user', 'Go on.')]"),
-        "made",
-        {},
-        "replies to an answer, and several turns are not supported yet",
     ),
     "a value": ("y = 5\n", "y", {}, "must be a Task class or a function, and is int"),
 }

@@ -11,14 +11,14 @@ from train.tiny import tiny_folder, tiny_recipe
 from bench import beside
 from bench.beside_tasks import AnyNumber, CoinFlips, FourShots
 from rung.core.keys import derive_key
-from rung.core.records import Completion, Sampling
+from rung.core.records import Completion, Sampling, Turn
 from rung.core.words import Answer
 from rung.tasks.arithmetic import Arithmetic
 from rung.tasks.base import split_of
 from rung.tasks.sandbox import Grader
 from rung.train.config import TaskSpec
-from rung.train.rollouts import answer_to
 from rung.train.run import train
+from rung.train.turns import Episode
 
 OPTIONS = {"prompt": "{expression}", "opening": "{expression} ="}
 
@@ -83,7 +83,8 @@ def test_every_sample_is_graded_under_its_own_key():
         token_ids=(1, 2), logp_sampled=(0.0,) * 2, logp_raw=(0.0,) * 2, stop="eos", policy_version=0, weights_hash="",
         sampling=Sampling(max_tokens=2), key=123,
     )  # fmt: skip
-    assert answer_to(Arithmetic().problem(0), completion, "20").key == 123
+    episode = Episode(problem=Arithmetic().problem(0), turns=(Turn(completion=completion),), text="20")
+    assert episode.answer(final=True).key == 123
 
 
 def test_supervision_raises_the_likelihood_of_the_right_answer(run):

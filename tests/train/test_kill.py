@@ -4,6 +4,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from train.games import game_recipe
 from train.kills import PHASES, check_continuation, command, environment, kill_in
 from train.tiny import tiny_folder, tiny_recipe
 
@@ -20,7 +21,25 @@ def recipe_file(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def game_file(tmp_path_factory) -> Path:
+    """The same with three turns an episode: every step grades three times, and samples between."""
+    folder = tmp_path_factory.mktemp("kill_game")
+    changes = {"num_steps": 8, "eval_every": 3, "options": {"letters": "abc"}, "max_tokens": 8}
+    (folder / "recipe.json").write_text(dumps_json(game_recipe(tiny_folder(folder / "model"), **changes)))
+    return folder / "recipe.json"
+
+
+@pytest.fixture(scope="module")
 def whole(recipe_file) -> Path:
+    return uninterrupted(recipe_file)
+
+
+@pytest.fixture(scope="module")
+def whole_game(game_file) -> Path:
+    return uninterrupted(game_file)
+
+
+def uninterrupted(recipe_file: Path) -> Path:
     folder = recipe_file.parent / "whole"
     subprocess.run(
         command("train", recipe_file, "--folder", folder), check=True, capture_output=True, env=environment()
@@ -31,6 +50,18 @@ def whole(recipe_file) -> Path:
 def test_a_run_killed_while_it_learns_goes_on_bit_for_bit(recipe_file, whole, tmp_path):
     kill_in("backward", 0.0, recipe_file, tmp_path / "run")
     check_continuation(tmp_path / "run", whole)
+
+
+def test_a_run_killed_between_the_turns_of_its_episodes_goes_on_bit_for_bit(game_file, whole_game, tmp_path):
+    kill_in("grade", 0.01, game_file, tmp_path / "run")
+    check_continuation(tmp_path / "run", whole_game)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [0.0, 0.005, 0.02, 0.04, 0.08])
+def test_a_run_killed_at_any_moment_of_its_episodes_goes_on_bit_for_bit(delay, game_file, whole_game, tmp_path):
+    kill_in("grade", delay, game_file, tmp_path / "run")
+    check_continuation(tmp_path / "run", whole_game)
 
 
 @pytest.mark.slow

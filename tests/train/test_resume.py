@@ -110,9 +110,9 @@ def test_what_was_recorded_after_the_checkpoint_is_cut_and_its_grades_are_replay
         with pytest.raises(MemoryError):
             rung.train(tiny_recipe(folder), folder=tmp_path / "run")
     assert {r["step"] for r in open_run(tmp_path / "run").read("samples")} == {1, 2, 3, 4, 5, 6}
-    asked, grade = [], sessions.Grader.grade
+    asked, judge = [], sessions.Grader.judge
     with monkeypatch.context() as patch:
-        patch.setattr(sessions.Grader, "grade", lambda self, answers: asked.extend(answers) or grade(self, answers))
+        patch.setattr(sessions.Grader, "judge", lambda self, answers: asked.extend(answers) or judge(self, answers))
         run = rung.resume(tmp_path / "run")
     assert len(asked) == 5, "the answers of the last evaluation alone: those of steps 5 and 6 were graded before"
     assert weights_of(run.folder) == weights_of(whole.folder)
@@ -242,19 +242,19 @@ def test_a_verifier_that_fails_stops_the_run_and_says_why(folder, tmp_path):
 
 def test_a_verifier_that_was_slow_once_is_not_asked_again_after_a_kill(folder, tmp_path, monkeypatch):
     """A grade of step 5, which is killed before it is saved, timed out: the step is repeated as it was."""
-    grade, batches = sessions.Grader.grade, []
+    judge, batches = sessions.Grader.judge, []
 
     def slow(self, answers):
         batches.append(len(answers))
         late = len(answers) == 16 and batches.count(16) == 5
-        return [unknown("slow")] * late + grade(self, answers)[late:]
+        return [unknown("slow")] * late + judge(self, answers)[late:]
 
     def killed(news):
         if news.stage == "train" and news.done == 5:
             raise MemoryError("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(sessions.Grader, "grade", slow)
+        patch.setattr(sessions.Grader, "judge", slow)
         with pytest.raises(MemoryError):
             rung.train(tiny_recipe(folder), folder=tmp_path / "run", listener=killed)
     before = [sample for sample in open_run(tmp_path / "run").read("samples") if sample["step"] == 5]

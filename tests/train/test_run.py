@@ -9,7 +9,7 @@ from train.tiny import tiny_decoder, tiny_recipe
 import rung
 from rung.core.errors import ConfigError, NonFiniteError, RunError, RungError
 from rung.core.keys import derive_key
-from rung.core.records import Completion, GroupRequest, Sampling
+from rung.core.records import Completion, GroupRequest, Sampling, Turn
 from rung.core.rundir import open_run
 from rung.core.words import Grade, Problem
 from rung.engine.engine import Engine
@@ -22,6 +22,7 @@ from rung.train.data import count, pack_one, sample_of
 from rung.train.grpo import gap, refuse_stale
 from rung.train.policy import LanguagePolicy
 from rung.train.rollouts import Ask, Group
+from rung.train.turns import Episode
 
 
 def test_a_tiny_model_learns_to_answer_with_the_letter_that_is_rewarded(folder, tmp_path):
@@ -219,7 +220,8 @@ def test_samples_of_other_weights_are_refused():
         sampling=Sampling(max_tokens=1), key=0,
     )  # fmt: skip
     ask = Ask(step=1, problem=Problem(id="p", messages=()), first_draw=0)
-    group = Group(ask=ask, prompt_ids=(1,), completions=(completion,), texts=("",), grades=(Grade(score=1.0),))
+    episode = Episode(problem=ask.problem, turns=(Turn(completion=completion),), text="")
+    group = Group(ask=ask, prompt_ids=(1,), episodes=(episode,), grades=(Grade(score=1.0),))
     refuse_stale([group], WeightsRef(version=3, hash="a"))
     for other in (WeightsRef(version=4, hash="a"), WeightsRef(version=3, hash="b")):
         with pytest.raises(RunError, match="must sample with the weights"):
