@@ -126,6 +126,9 @@ def test_an_interrupted_run_with_an_adapter_goes_on_bit_for_bit(loud, tmp_path, 
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     held = load_file(tmp_path / "run" / "checkpoints" / "step-00000004" / "masters.safetensors")
     assert all(name.endswith((".lora_A", ".lora_B")) and t.dtype == torch.float32 for name, t in held.items())
+    saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    down = saved["base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"]
+    assert torch.equal(down, held["blocks.1.channel.down.lora_B"]), "saved from what learns, not from its rounded copy"
 
 
 def test_a_run_with_an_adapter_killed_while_it_learns_goes_on_bit_for_bit(tmp_path):
