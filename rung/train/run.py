@@ -263,8 +263,19 @@ def _evaluate(
     run.append("evals", records)
     numbers = {name: getattr(result, name) for name in ("accuracy", "low", "high", "n", "unknown", "ended")}
     seconds = time.perf_counter() - began
-    run.append("metrics", [{"kind": "eval", "step": step, "split": split, **numbers, "seconds": seconds}])
+    parts = by_task(result)
+    more = {"by_task": parts} if len(parts) > 1 else {}
+    run.append("metrics", [{"kind": "eval", "step": step, "split": split, **numbers, "seconds": seconds, **more}])
     return result
+
+
+def by_task(result: Evaluation) -> dict[str, float]:
+    """Accuracy among the known grades of each task of a mixture."""
+    right: dict[str, list[bool]] = {}
+    for answer, grade in zip(result.answers, result.grades, strict=True):
+        if grade.known:
+            right.setdefault(answer.problem.task, []).append(grade.right)
+    return {task: sum(found) / len(found) for task, found in right.items()}
 
 
 def transcript(messages: Sequence[Message]) -> str:

