@@ -29,13 +29,17 @@ from rung.lm.wrapper import ForeignDecoder, Rows
 
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")  # names of a constant before or after the head
 CAPS = ("final_logit_softcapping", "logits_soft_cap")  # names of a soft cap
-SWITCHES = ("auto_map", "fusion_config", "transformers_weights", "quantization_config", "custom_generate")  # not for us
+SWITCHES = (  # of config.json, that are not for us: code, other files, kernels to fetch
+    *("auto_map", "fusion_config", "transformers_weights", "quantization_config", "custom_generate"),
+    *("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"),
+)
 # relative distance that rounding explains
 NOISE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.05}
 SLACK = 1 << 20  # weights: a model that lacks fewer gets an error that names one
 LOUD = 30.0  # standard deviation of the logits that the head is tried with: a soft cap shows there
 
 
+@torch.inference_mode(False)  # a learner may take the weights, wherever they were loaded
 def load_foreign(
     path: Path,
     *,
