@@ -11,7 +11,7 @@ from rung.core.records import Layout
 from rung.lm.config import RopeSpec
 from rung.lm.decoder import Decoder
 from rung.lm.weights.families import FAMILIES, LEFT_OUT, from_hugging_face, to_hugging_face
-from rung.lm.weights.hf import load_folder, save_folder
+from rung.lm.weights.hf import load_folder, save_folder, their_tensors
 from rung.lm.weights.names import hugging_face_names, rules
 
 transformers = pytest.importorskip("transformers")
@@ -64,7 +64,7 @@ def test_a_folder_is_saved_back_byte_for_byte_and_transformers_reads_it(tmp_path
     theirs = their_model(kind)
     path = folder_of(theirs, tmp_path / "theirs")
     ours, folder = load_folder(path)
-    save_folder(tmp_path / "ours", folder, ours.config, dict(ours.named_parameters()))
+    save_folder(tmp_path / "ours", folder, their_tensors(ours.config, folder.config, dict(ours.named_parameters())))
     names = sorted(file.name for file in path.iterdir())
     assert sorted(file.name for file in (tmp_path / "ours").iterdir()) == names
     for name in names:
@@ -79,7 +79,7 @@ def test_shards_of_a_family_with_names_of_its_own_are_kept_file_by_file(tmp_path
     path = folder_of(their_model(kind), tmp_path / "theirs", max_shard_size="20KB")
     assert len(list(path.glob("*.safetensors"))) > 3
     ours, folder = load_folder(path)
-    save_folder(tmp_path / "ours", folder, ours.config, dict(ours.named_parameters()))
+    save_folder(tmp_path / "ours", folder, their_tensors(ours.config, folder.config, dict(ours.named_parameters())))
     for file in path.iterdir():
         assert (tmp_path / "ours" / file.name).read_bytes() == file.read_bytes(), file.name
 
@@ -90,7 +90,7 @@ def test_weights_that_changed_are_what_transformers_reads(tmp_path, kind):
     with torch.no_grad():
         for parameter in ours.parameters():
             parameter.mul_(0.9)
-    save_folder(tmp_path / "ours", folder, ours.config, dict(ours.named_parameters()))
+    save_folder(tmp_path / "ours", folder, their_tensors(ours.config, folder.config, dict(ours.named_parameters())))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager")
     with torch.no_grad():
         logits_TV = ours.head(ours(tokens().flatten(), Layout.chains([SEQUENCE] * 2)))

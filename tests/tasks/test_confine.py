@@ -226,8 +226,8 @@ def test_where_less_is_allowed_the_rest_still_holds_and_the_facts_say_what_is_mi
         [sys.executable, "-c", UNCONFINED, how, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     facts = json.loads(process.stdout.readline())
+    assert process.wait(20) == 7  # before stdin is let go of, which would end it first
     process.stdin.close()
-    assert process.wait(20) == 7
     process.stdout.close()
     assert facts["network"] == ("open" if how == "no namespaces" else "none")
     assert facts["processes"] == "at most 20"
