@@ -1,10 +1,10 @@
-"""What the default recipe's gain is measured beside: prompting, random rewards, supervision, longer sums.
+"""What a recipe's gain is measured beside: prompting, random rewards, supervision; for sums, longer ones.
 
     python -m bench.beside runs/arithmetic
 
 Takes a finished run, and prints greedy accuracies on the same held-out problems: of the base model under a lenient
 parser and with four solved examples; of the same recipe with coin flips for rewards; of supervised fine-tuning for as
-many minutes as the run's steps took; and of three-digit sums, which nobody trained on.
+many minutes as the run's steps took; and, for `arithmetic`, of three-digit sums, which nobody trained on.
 """
 
 import argparse
@@ -40,7 +40,7 @@ LENIENT_TOKENS = 64  # for the parser that takes any number: room to think aloud
 def main() -> None:
     """All of it, one line each; about four times the run's own minutes, half of them with random rewards."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder of a finished run of the default recipe")
+    parser.add_argument("run", type=Path, help="folder of a finished run whose answers are numbers")
     parser.add_argument("--only", choices=PARTS, default="", help="one part")
     given = parser.parse_args()
     folder = given.run
@@ -77,20 +77,24 @@ def prompting(recipe: GroupRL, folder: Path) -> Iterator[tuple[str, Evaluation]]
     base, trained = load(recipe.model, dtype=recipe.dtype), load(folder / "model", dtype=recipe.dtype)
 
     on, own = partial(greedy, recipe), recipe.task
-    asked = replace(own, options={**own.options, "opening": ""})
-    three = replace(own, options={**own.options, "digits": 3})
+    opened = bool(own.options.get("opening"))
+    asked = replace(own, options={**own.options, "opening": ""}) if opened else own
     yield "trained: the recipe's prompt and parser", on(trained, own)
     yield "base: the recipe's prompt and parser", on(base, own)
     yield "base: any number of the text may be right", on(base, variant(own, "AnyNumber"))
-    yield "base: any number, 64 tokens, no opening", on(base, variant(asked, "AnyNumber"), LENIENT_TOKENS)
+    if opened:
+        yield "base: any number, 64 tokens, no opening", on(base, variant(asked, "AnyNumber"), LENIENT_TOKENS)
     yield "base: 4 shots, the recipe's parser", on(base, variant(own, "FourShots"))
     yield "base: 4 shots, any number", on(base, variant(own, "FourShotsAnyNumber"))
-    yield (
-        "base: 4 shots, any number, 64 tokens, no opening",
-        on(base, variant(asked, "FourShotsAnyNumber"), LENIENT_TOKENS),
-    )
-    yield "base: three-digit sums", on(base, three)
-    yield "trained on two digits: three-digit sums", on(trained, three)
+    if opened:
+        yield (
+            "base: 4 shots, any number, 64 tokens, no opening",
+            on(base, variant(asked, "FourShotsAnyNumber"), LENIENT_TOKENS),
+        )
+    if own.name == "arithmetic":
+        three = replace(own, options={**own.options, "digits": 3})
+        yield "base: three-digit sums", on(base, three)
+        yield "trained on two digits: three-digit sums", on(trained, three)
 
 
 def greedy(recipe: GroupRL, model: Model, task: TaskSpec, max_tokens: int | None = None) -> Evaluation:
@@ -100,8 +104,8 @@ def greedy(recipe: GroupRL, model: Model, task: TaskSpec, max_tokens: int | None
 
 
 def variant(task: TaskSpec, name: str) -> TaskSpec:
-    """The same options, another class."""
-    return replace(task, name=f"{beside_tasks.__file__}:{name}")
+    """The same task, one thing about it changed."""
+    return TaskSpec(name=f"{beside_tasks.__file__}:{name}", options={"of": task.name, **task.options})
 
 
 def supervised(recipe: GroupRL, minutes: float) -> Model:

@@ -1,31 +1,54 @@
-"""Variants of the default task, for `bench.beside`.  A grading child imports this file: no torch."""
+"""Any task under another prompt, parser or reward, for `bench.beside`.  A grading child imports this file: no torch.
+
+`of` names the task; the other options are its own.
+"""
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 from rung.core.keys import derive_key
 from rung.core.words import Answer, Grade, Message, Problem
-from rung.tasks.arithmetic import NUMBER, Arithmetic, last_number
-from rung.tasks.base import split_of
+from rung.tasks.arithmetic import NUMBER, last_number
+from rung.tasks.base import problem_at, split_of
+from rung.tasks.load import load_task
 
 SHOTS = 4
 
 
-@dataclass(frozen=True, kw_only=True)
-class AnyNumber(Arithmetic):
-    """Right as soon as any number of the text is the answer, however the text goes on: the most lenient parser."""
+class Variant:
+    """The task itself; a variant changes one thing."""
+
+    def __init__(self, of: str, **options: Any) -> None:
+        self.task = load_task(of, options)
+
+    def __len__(self) -> int:
+        return len(self.task)
+
+    def problem(self, index: int) -> Problem:
+        return problem_at(self.task, index)
+
+    def reply(self, problem: Problem, messages: Sequence[Message]) -> list[Message] | None:
+        return self.task.reply(problem, messages)
+
+    def grade(self, answers: Sequence[Answer]) -> list[Grade]:
+        return self.task.grade(answers)
+
+
+class AnyNumber(Variant):
+    """Right as soon as any number of the text is the answer's last one, however the text goes on: the most lenient
+    parser."""
 
     def grade(self, answers: Sequence[Answer]) -> list[Grade]:
         grades = []
         for answer in answers:
-            right = answer.problem.answer in map(last_number, NUMBER.findall(answer.text))
+            right = last_number(answer.problem.answer or "") in map(last_number, NUMBER.findall(answer.text))
             grades.append(Grade(score=float(right), right=right))
         return grades
 
 
-@dataclass(frozen=True, kw_only=True)
-class FourShots(Arithmetic):
+class FourShots(Variant):
     """The problem behind four solved ones of the training part."""
 
     def problem(self, index: int) -> Problem:
@@ -41,19 +64,17 @@ class FourShots(Arithmetic):
             at += 7919
             shot = super().problem(at % len(self))
             if split_of(shot) == "train":
-                user = next(m for m in shot.messages if m.role == "user")
-                opening = self.opening.replace("{expression}", str(shot.facts["expression"]))
+                opening = shot.messages[-1].content if shot.messages[-1].role == "assistant" else ""
+                user = next(m for m in reversed(shot.messages) if m.role == "user")
                 messages += [user, Message("assistant", f"{opening} {shot.answer}".strip())]
         return messages
 
 
-@dataclass(frozen=True, kw_only=True)
 class FourShotsAnyNumber(FourShots, AnyNumber):
     """Both."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class CoinFlips(Arithmetic):
+class CoinFlips(Variant):
     """The reward is a coin flip of each sample's own key, whatever it says; accuracy is judged as ever."""
 
     def grade(self, answers: Sequence[Answer]) -> list[Grade]:

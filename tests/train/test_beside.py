@@ -13,7 +13,7 @@ from bench.beside_tasks import AnyNumber, CoinFlips, FourShots
 from rung.core.keys import derive_key
 from rung.core.records import Completion, Sampling, Turn
 from rung.core.words import Answer
-from rung.tasks.arithmetic import Arithmetic
+from rung.tasks.arithmetic import Arithmetic, last_number
 from rung.tasks.base import split_of
 from rung.tasks.sandbox import Grader
 from rung.train.config import TaskSpec
@@ -37,14 +37,14 @@ def _answers(task, text, stop="eos", count=1):
 
 
 def test_the_lenient_parser_takes_any_number_however_the_text_ends():
-    task = AnyNumber()
+    task = AnyNumber("arithmetic")
     assert task.problem(0).answer == "20"
     cases = {"20": True, "20 or 21": True, "is 21, no, 020.0 or": True, "21": False, "120": False, "": False}
     assert {text: task.grade(_answers(task, text, "length"))[0].right for text in cases} == cases
 
 
 def test_solved_examples_are_four_right_sums_of_the_training_part_before_the_question():
-    task, plain = FourShots(system="s", **OPTIONS), Arithmetic(system="s", **OPTIONS)
+    task, plain = FourShots("arithmetic", system="s", **OPTIONS), Arithmetic(system="s", **OPTIONS)
     for index in (0, 17, 4000):
         problem, alone = task.problem(index), plain.problem(index)
         assert (problem.id, problem.answer) == (alone.id, alone.answer)
@@ -57,8 +57,21 @@ def test_solved_examples_are_four_right_sums_of_the_training_part_before_the_que
             assert split_of(plain.problem((left - 10) + 90 * (right - 10))) == "train"
 
 
+def test_a_task_with_working_has_variants_too():
+    """The lenient parser looks for the sum, not for the working; an example is answered with its working."""
+    options = {"largest": 9, "terms": 3, "examples": 0}
+    problem = FourShots("steps", **options).problem(3)
+    plain = FourShots("steps", **options).task.problem(3)
+    assert problem.messages[-1] == plain.messages[-1]
+    assert all(m.content.count("=") == 2 and "Answer:" in m.content for m in problem.messages[1:-1:2])
+    total = last_number(plain.answer)
+    asked = Answer(problem=problem, text=f"I say {total}, or so", stop="length", num_tokens=3)
+    assert AnyNumber("steps", **options).grade([asked])[0].right
+    assert not AnyNumber("steps", **options).grade([replace(asked, text=f"{total}1")])[0].right
+
+
 def test_coin_flips_are_even_differ_between_equal_answers_and_leave_the_accuracy_alone():
-    task = CoinFlips()
+    task = CoinFlips("arithmetic")
     answers = _answers(task, "20", count=400)
     grades = task.grade([replace(answer, key=derive_key(0, n)) for n, answer in enumerate(answers)])
     assert 160 < sum(g.score for g in grades) < 240
@@ -68,9 +81,9 @@ def test_coin_flips_are_even_differ_between_equal_answers_and_leave_the_accuracy
 def test_in_a_run_equal_answers_to_one_problem_get_coins_of_their_own_and_the_same_ones_again():
     """Through the grading child, which grades one answer at a time: 200 even coins lie within 100 +- 30, to 2e-5."""
     name = f"{beside.beside_tasks.__file__}:CoinFlips"
-    (answer,) = _answers(CoinFlips(), "20")
+    (answer,) = _answers(CoinFlips("arithmetic"), "20")
     answers = [replace(answer, key=derive_key(0, 1, answer.problem.id, n)) for n in range(200)]
-    with Grader(name, {}) as grader:
+    with Grader(name, {"of": "arithmetic"}) as grader:
         grades = grader.grade(answers)
         assert grader.grade(answers[::-1]) == grades[::-1]
     assert 70 < sum(g.score for g in grades) < 130
