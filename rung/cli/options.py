@@ -23,6 +23,7 @@ Value = TypeVar("Value")
 
 MAX_WIDTH = 100  # of help texts, in columns: longer lines are hard to read
 FLAG_WIDTH = 34
+TASK = "--task.options."  # a misspelt option of a task is none of the run's
 KIND_NAMES = {int: "a whole number", float: "a number", str: "a text"}
 
 
@@ -249,6 +250,8 @@ def _needed(option: Option) -> str:
 
 def _meant(name: str, flags: Mapping[str, Any], command: str) -> str:
     """The nearest option: one whose last part was typed, else one spelt alike."""
+    if name.startswith(TASK):
+        flags = {flag: option for flag, option in flags.items() if flag.startswith(TASK)}
     alike = [flag for flag in flags if flag.endswith("." + name[2:])]
     alike = alike or difflib.get_close_matches(name, flags, n=1, cutoff=0.5)
     return f"Did you mean {alike[0]}?" if alike else f"`{command} --help` lists them."

@@ -30,7 +30,7 @@ class Train:
 
     recipe: a built-in name, file.py:function, module:function, or a .toml or .json file that --print-config wrote
     folder: where the run is kept (without it: runs/NAME)
-    data: a file of JSON lines with questions, in place of the recipe's task; answers in it are judged by math-verify
+    data: a file of JSON lines with questions, in place of the recipe's task; math-verify judges answers, or --reward
     reward: FILE.py:NAME or FILE.py:NAME=WEIGHT, a function that rewards answers to --data in place of math-verify,
         f(prompts, completions, **columns) as in trl, or f(problem, text); may be given again
     or_resume: when the folder holds this very run already, go on with it; when it is finished, only tell its result

@@ -184,7 +184,10 @@ def open_run(folder: str | Path) -> RunDir:
     try:
         found = (folder / "VERSION").read_text(encoding="utf-8", errors="replace").strip()
     except OSError as error:
-        raise RunError(f"{folder} is not a run folder: it has no readable file VERSION ({error.strerror})") from error
+        raise RunError(
+            f"{folder} is not a run folder: it has no readable file VERSION ({error.strerror}). "
+            "`rung runs` lists what lies under runs/"
+        ) from error
     if found != FORMAT:
         raise RunError(
             f"{folder} was written in the format {found[:40]!r}, and this version of Rung reads {FORMAT!r}: "

@@ -119,12 +119,16 @@ class _Architecture:
 
 def _architecture(raw: Mapping[str, Any], path: Path) -> _Architecture:
     """What transformers makes of a config.json.  Raises ModelError for what is no plain causal language model."""
-    kind = str(raw.get("model_type"))
+    if not isinstance(kind := raw.get("model_type"), str):
+        raise ModelError(f"{path}: config.json needs the field 'model_type', a name, and has {kind!r} there.")
     _import(kind, path)
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, __version__
 
     if raw.get("quantization_config"):
-        raise ModelError(f"{path}: the weights are quantised; needed plain safetensors in fp32, fp16 or bf16.")
+        raise ModelError(
+            f"{path}: the weights are quantised; needed plain safetensors in fp32, fp16 or bf16. Take the folder that "
+            "they were made from, or its GGUF."
+        )
     if kind not in CONFIG_MAPPING:
         code = " The folder brings code of its own (auto_map), which is never run." if raw.get("auto_map") else ""
         known = nearest(kind, [*FAMILIES, *CONFIG_MAPPING])

@@ -123,7 +123,7 @@ def _first(task: Task, split: Split, count: int, key: int) -> list[Problem]:
         raise TaskError(
             f"the task has no {split} problem among its {size}: 7 of 10 problems are for training, 1 for validation "
             f"and 2 held out, by a hash of their content, so that a task needs a few dozen problems (or name their "
-            f'parts yourself, with a fact "split")'
+            f'parts yourself, with a fact "split", which is a column of JSON lines)'
         )
     return list(found.values())
 

@@ -54,7 +54,7 @@ def read(path: str, columns: Columns) -> tuple[Row, ...]:
     ]
     if not tables:
         raise TaskError(
-            f"{path} has no questions: every line is a JSON table such as {{'question': ..., 'answer': ...}}"
+            f'{path} has no questions: every line is a JSON table such as {{"question": "...", "answer": "..."}}'
         )
     first = tables[0][1]
     question = columns.question or _column(first, QUESTIONS, "question", path)
@@ -79,7 +79,8 @@ def _table(line: bytes, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise TaskError(f"{where} is not JSON: {error}") from error
     if not isinstance(table, dict):
-        raise TaskError(f"{where} must be a table of names and values, and is {_shown(table)}")
+        hint = ": write every table on a line of its own, without a list around them" if isinstance(table, list) else ""
+        raise TaskError(f"{where} must be a table of names and values, and is {_shown(table)}{hint}")
     try:
         json.dumps(table, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
@@ -104,10 +105,13 @@ def _column(table: Mapping[str, Any], usual: tuple[str, ...], what: str, path: s
     if len(found) == 1 or (optional and not found):
         return found[0] if found else ""
     if found:
-        raise TaskError(f"{path} has the columns {' and '.join(found)}: name the {what} by the option `{what}`")
+        raise TaskError(
+            f"{path} has the columns {' and '.join(found)}: name the {what} by the option `{what}` "
+            f"(--task.options.{what})"
+        )
     raise TaskError(
-        f"{path} needs a column {', '.join(usual[:-1])} or {usual[-1]}, or the option `{what}` that names another; it "
-        f"has {', '.join(table)}"
+        f"{path} needs a column {', '.join(usual[:-1])} or {usual[-1]}, or the option `{what}` that names another "
+        f"(--task.options.{what}); it has {', '.join(table)}"
     )
 
 
@@ -127,6 +131,11 @@ def _row(table: Mapping[str, Any], number: int, question: str, answer_column: st
     if isinstance(answer, int | float) and not isinstance(answer, bool):
         answer = str(answer)
     if not isinstance(answer, str | None) or (columns.needs_answer and not (answer or "").strip()):
+        if not answer_column and answer is None:
+            raise TaskError(
+                f"{where} has no answer: needed a column {' or '.join(ANSWERS)}, or the option `answer` "
+                f"that names another (--task.options.answer); it has {', '.join(table)}"
+            )
         raise TaskError(f"{where}: the answer must be a text or a number, and is {_shown(answer)}")
     if columns.system and turns[0].role != "system":
         turns.insert(0, Message("system", columns.system))
@@ -151,10 +160,13 @@ def _unique(rows: list[Row], path: str, *, drop: bool) -> tuple[Row, ...]:
     seen: dict[str, Row] = {}
     for row in rows:
         problem = problem_of(row, "")
-        split_of(problem)
+        try:
+            split_of(problem)
+        except TaskError as error:
+            raise TaskError(f"{path}, line {row.line}: {error}") from None
         other = seen.setdefault(problem.id, row)
         if other is not row and not (drop and other.answer == row.answer):
-            same = "with one answer: keep one of them, or set drop_duplicates"
+            same = "with one answer: keep one of them, or set drop_duplicates (--task.options.drop-duplicates)"
             two = f"with two answers, {_shown(other.answer)} and {_shown(row.answer)}: keep one of them"
             raise TaskError(
                 f"{path}, lines {other.line} and {row.line} ask the same {same if other.answer == row.answer else two} "

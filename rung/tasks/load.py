@@ -251,12 +251,12 @@ def _run(name: str, place: str, action: Callable[[], Any]) -> Any:
     except RungError:
         raise
     except (Exception, SystemExit) as error:
-        raise TaskError(f"the task {name} failed: {where(error, place)}") from error
+        raise TaskError(f"the code of {name} failed: {where(error, place)}") from error
 
 
 def _load_file(path: Path) -> ModuleType:
     if not path.is_file():
-        raise TaskError(f"there is no task file {path}")
+        raise TaskError(f"there is no file {path}, with a task or a reward")
     spec = importlib.util.spec_from_file_location(f"rung_task_{path.stem}", path)
     assert spec
     assert spec.loader

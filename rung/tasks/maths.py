@@ -119,7 +119,10 @@ def means_the_same(gold: str, given: str) -> bool:
     _, verify = _library()
     right = _read(gold)
     if not right:
-        raise TaskError(f"math-verify cannot read the known answer {gold[:80]!r}")
+        raise TaskError(
+            f"math-verify cannot read the known answer {gold[:80]!r} as a formula: write a value alone, in "
+            "\\boxed{} or after ####, or judge by a reward of your own (--reward FILE.py:NAME)"
+        )
     found = _read(given)
     return bool(found) and bool(verify(right, found, timeout_seconds=SECONDS))
 

@@ -109,7 +109,10 @@ def _parts(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
                 f"the part {name} of a mixture needs {name}.task, the name of a task; it has {', '.join(own)}"
             )
     if len(found) < 2:
-        raise TaskError("a mixture needs at least two parts: sums.task = ..., chains.task = ...")
+        raise TaskError(
+            "a mixture needs at least two parts, written in a recipe as options of its task: sums.task, chains.task "
+            "(docs/guide/your_task.md)"
+        )
     return found
 
 

@@ -59,6 +59,8 @@ FORMULAS = (*scorers.RUN_AS_CODE[4:],)
 def named(name: str) -> Callable[..., "Reasoning"]:
     """What makes the task of a data set, with its options as a signature.  Raises TaskError for an unknown one."""
     configs = _registry()
+    if not name:
+        raise TaskError("reasoning-gym is many data sets: name one, as in reasoning-gym:chain_sum")
     if name not in configs:
         raise TaskError(f"reasoning-gym has no data set {name!r}. {nearest(name, configs)}")
     scorers.scorer_of(name)

@@ -24,7 +24,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rung.core.errors import TaskError
+from rung.core.errors import TaskError, nearest
 from rung.core.words import Answer, Grade, Message, Problem, unknown
 from rung.tasks.extract import LONGEST_TEXT
 from rung.tasks.jsonl import Columns, Row, problem_of, read
@@ -141,6 +141,9 @@ def spelt(rewards: str) -> list[tuple[str, float]]:
             raise TaskError(f"a reward is written FILE.py:NAME or FILE.py:NAME=WEIGHT, and this is {item!r}") from None
         if not math.isfinite(found[-1][1]):
             raise TaskError(f"a weight must be a finite number, and that of {found[-1][0]} is {weight}")
+    for name, _ in found:
+        if ":" not in name:
+            raise TaskError(f"a reward names a file and a function in it, FILE.py:NAME, and this is {name!r}")
     if not found:
         raise TaskError("the task rewards needs a function in `rewards`: FILE.py:NAME")
     if len({name for name, _ in found}) < len(found):
@@ -166,12 +169,13 @@ def _check(reward: Reward, row: Row) -> None:
         if parameter.name in NOT_HERE:
             raise TaskError(
                 f"{reward.name} asks for {parameter.name!r}, which Rung does not hand to a reward function: it sees "
-                "texts and columns, no tokens and no trainer"
+                "texts and columns, no tokens and no trainer. Take it out of the function, or give it a default"
             )
         if parameter.name not in known:
             raise TaskError(
-                f"{reward.name} asks for {parameter.name!r}, and the data has no such column. A reward function takes "
-                f"(prompts, completions, **columns) as in trl, or (problem, text); columns: {', '.join(row.table)}"
+                f"{reward.name} asks for {parameter.name!r}, and the data has no such column. "
+                f"{nearest(parameter.name, row.table)} "
+                "A reward function takes (prompts, completions, **columns) as in trl, or (problem, text)"
             )
 
 
@@ -209,7 +213,10 @@ async def _awaited(given: Any) -> Any:
 
 
 def _number(value: Any, name: str) -> float:
-    number = float(value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TaskError(f"a reward must be a number, and that of {name} is {value!r:.80}") from None
     if not math.isfinite(number):
         raise TaskError(f"a reward must be a finite number, and that of {name} is {number}")
     return number

@@ -62,7 +62,7 @@ class Limits:
     def __post_init__(self) -> None:
         for name in ("seconds", "cpu_seconds", "memory_bytes", "file_bytes", "processes"):
             if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} of grading must be positive, and is {getattr(self, name)}")
+                raise ConfigError(f"grading.{name} must be positive, and is {getattr(self, name)}")
 
 
 class Grader:

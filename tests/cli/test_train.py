@@ -100,6 +100,10 @@ def test_another_task_brings_its_own_options_and_none_of_the_old(here):
         ("nowhere.py:x", "there is no recipe file nowhere.py."),
         ("no.such.module:x", "the recipes of no.such.module cannot be read: ModuleNotFoundError"),
         ("nowhere.toml", "nowhere.toml cannot be read: No such file or directory"),
+        (
+            "arithmetic --task.name mixture --task.options.sums.task guess",
+            "has no option --task.options.sums.task. `rung train arithmetic --help` lists them.",
+        ),
         ("mine.py:mine --num-step 3", "rung train mine.py:mine has no option --num-step. Did you mean --num-steps?"),
         ("mine.py:mine --lr 3", "rung train mine.py:mine has no option --lr. Did you mean --optim.lr?"),
         ("mine.py:mine --kl none", "no option --kl. Did you mean --method.kl?"),  # spelt, --model is nearer

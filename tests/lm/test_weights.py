@@ -351,8 +351,9 @@ def test_a_missing_shard_is_named(tmp_path):
 
 BROKEN_CONFIGS = {
     "another family": ({"model_type": "lama"}, r"no model family 'lama'\. Did you mean 'llama'\?"),
-    "quantised": ({"quantization_config": {"bits": 4}}, "weights are quantised"),
-    "activation": ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; Rung computes 'silu' only"),
+    "no family": ({"model_type": None}, "the field 'model_type', a name, and has None there"),
+    "quantised": ({"quantization_config": {"bits": 4}}, "weights are quantised.*Take the folder"),
+    "activation": ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; Rung computes 'silu' only.*--foreign"),
     "rope": ({"rope_parameters": {"rope_type": "yarm"}}, r"unknown RoPE scaling 'yarm'\. Did you mean 'yarn'"),
     "partial rope": ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
     "heads": ({"num_key_value_heads": 4}, "heads must be a multiple of kv_heads"),

@@ -243,7 +243,7 @@ def test_what_is_missing_is_said_in_a_sentence():
 
 
 def test_a_limit_that_is_none_is_refused():
-    with pytest.raises(ConfigError, match=r"seconds of grading must be positive, and is 0\.0"):
+    with pytest.raises(ConfigError, match=r"grading\.seconds must be positive, and is 0\.0"):
         Limits(seconds=0.0)
 
 

@@ -72,7 +72,12 @@ BAD_FILES = {
     ),
     "a duplicate": ([GOOD, {"question": "2?", "answer": "2"}, GOOD], "lines 1 and 3 ask the same with one answer"),
     "a contradiction": ([GOOD, {**GOOD, "answer": "3"}], "lines 1 and 2 ask the same with two answers, '2' and '3'"),
-    "a split that is none": ([{**GOOD, "split": "test"}], "a problem's split must be train, validation or held_out"),
+    "a split that is none": (
+        [{**GOOD, "split": "test"}],
+        "line 1: a problem's split must be train, validation or held_out",
+    ),
+    "a list in place of lines": ([b'[{"question": "a", "answer": "1"}]'], "write every table on a line of its own"),
+    "no answers at all": ([{"question": "x"}], "line 1 has no answer: needed a column answer or solution"),
     "nothing": ([b"", b" "], "has no questions"),
 }
 
@@ -84,7 +89,7 @@ def test_a_file_is_read_strictly_and_the_message_names_the_line(case, data):
     with pytest.raises(TaskError) as error:
         read(path, Columns())
     assert message in str(error.value)
-    assert path in str(error.value) or case == "a split that is none"
+    assert path in str(error.value)
 
 
 def test_questions_come_as_texts_as_messages_and_as_conversations_whose_last_turn_is_the_answer(data):
@@ -275,6 +280,16 @@ def test_functions_are_checked_before_a_run(names, message, data, functions):
 def test_what_is_no_reward_is_the_verifiers_failure(name, message, data, functions):
     with pytest.raises(TaskError, match=message):
         rewarded(data, functions(name), "2")
+
+
+def test_a_reward_that_is_no_number_is_named_and_so_is_one_without_a_function(data, tmp_path):
+    (tmp_path / "odd.py").write_text("def good(problem, text):\n    return 'good'\n")
+    with pytest.raises(TaskError, match=r"a reward must be a number, and that of .*odd.py:good is 'good'"):
+        rewarded(data, f"{tmp_path / 'odd.py'}:good", "2")
+    with pytest.raises(
+        TaskError, match=r"a reward names a file and a function in it, FILE.py:NAME, and this is 'odd.py'"
+    ):
+        load_task("rewards", {"data": data(GOOD), "rewards": "odd.py"})
 
 
 def mixed(data, functions):

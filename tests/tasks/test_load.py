@@ -115,7 +115,7 @@ BAD = {
     "an option of a wrong type": (None, "arithmetic", {"digits": "two"}, "digits must be a whole number, and is 'two'"),
     "a value that is refused": (None, "arithmetic", {"digits": 0}, "needs 1 to 15 digits"),
     "an unknown module": (None, "no_such_module:x", {}, "No module named 'no_such_module'"),
-    "a missing file": (None, "/nowhere/mine.py:x", {}, "there is no task file /nowhere/mine.py"),
+    "a missing file": (None, "/nowhere/mine.py:x", {}, "there is no file /nowhere/mine.py, with a task or a reward"),
     "a name without a part": (None, "mine.py", {}, "no task is called 'mine.py'. Known: arithmetic, "),
     "a misspelt name": (REWARD, "rewrd", {}, "mine.py has no 'rewrd'. Did you mean 'reward'?"),
     "a file that raises": ("x = 1\ny = [\n    x / 0]\n", "y", {}, "ZeroDivisionError: division by zero ("),

@@ -172,7 +172,7 @@ def test_a_verifier_that_cannot_be_started_again_leaves_grades_unknown(place, tm
         (tmp_path / "verifier.py").unlink()
         first, *others = grader.grade(answers)
         assert first.right
-        assert all("the verifier is lost: there is no task file" in grade.error for grade in others)
+        assert all("the verifier is lost: there is no file" in grade.error for grade in others)
         assert not any(grade.known for grade in others)
         (tmp_path / "verifier.py").write_text(VERIFIER)
         assert [grade.score for grade in grader.grade(answers)] == [1.0, 0.0, 1.0, 0.0]

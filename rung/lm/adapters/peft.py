@@ -35,6 +35,8 @@ PLAIN: Mapping[str, Any] = {  # fields that make another model, and the value at
     "target_parameters": None,
     "modules_to_save": None,
 }
+MERGE = "Merge the adapter with PEFT (`merge_and_unload`), and load the model that it saves."
+AGAIN = "Save the adapter again with PEFT (`save_pretrained(folder)`)."
 HARMLESS = {"init_lora_weights": (False, "gaussian", "orthogonal")}  # the base is what it was
 
 
@@ -73,14 +75,11 @@ def load_adapter(path: Path) -> tuple[Factors, str]:
     raw = read_json(path / CONFIG)
     where = str(path / CONFIG)
     if raw.get("peft_type") != "LORA":
-        raise ModelError(f"{where}: peft_type is {raw.get('peft_type')!r}; Rung reads LORA.")
+        raise ModelError(f"{where}: peft_type is {raw.get('peft_type')!r}; Rung reads LORA. {MERGE}")
     for name, plain in PLAIN.items():
         given = raw.get(name)
         if given and given != plain and given not in HARMLESS.get(name, ()):
-            raise ModelError(
-                f"{where}: {name} is {given!r}; Rung computes plain LoRA, {name} {plain!r}. Merge the adapter with "
-                "PEFT (`merge_and_unload`), and load the model that it saves."
-            )
+            raise ModelError(f"{where}: {name} is {given!r}; Rung computes plain LoRA, {name} {plain!r}. {MERGE}")
     try:
         spec = LoRA(rank=int(raw["r"]), alpha=float(raw["lora_alpha"]), rslora=bool(raw.get("use_rslora")))
     except KeyError as error:
@@ -92,12 +91,12 @@ def load_adapter(path: Path) -> tuple[Factors, str]:
 
 def _pairs(path: Path, spec: LoRA) -> dict[str, tuple[Tensor, Tensor]]:
     if not (path / WEIGHTS).is_file():
-        raise ModelError(f"{path} has no {WEIGHTS}: save the adapter again with `save_pretrained(folder)`.")
+        raise ModelError(f"{path} has no {WEIGHTS}. {AGAIN}")
     entries = {entry.name: entry for entry in read_header(path / WEIGHTS).entries}
     names = sorted({name.removeprefix(PREFIX).removesuffix(A).removesuffix(B) for name in entries})
     needed = {PREFIX + name + end: end for name in names for end in (A, B)}
     if strange := sorted(set(entries) ^ set(needed)):
-        raise ModelError(f"{path / WEIGHTS}: {strange[0]!r} is one of no pair {PREFIX}LAYER{A} and {B}.")
+        raise ModelError(f"{path / WEIGHTS}: {strange[0]!r} is one of no pair {PREFIX}LAYER{A} and {B}. {AGAIN}")
     for name, entry in entries.items():
         rank = entry.shape[0 if needed[name] == A else -1] if len(entry.shape) == 2 else None
         if rank != spec.rank or entry.dtype not in DTYPES:

@@ -50,12 +50,16 @@ FIELDS: Mapping[str, tuple[str, ...]] = {  # of a RoPE scaling, with the same na
 
 def from_hugging_face(raw: Mapping[str, Any], *, where: str) -> DecoderConfig:
     """The decoder that a config.json describes; `where` names the file in errors."""
-    kind = str(raw.get("model_type"))
+    if not isinstance(kind := raw.get("model_type"), str):
+        raise ModelError(f"{where} needs the field 'model_type', a name, and has {kind!r} there.")
     if kind not in FAMILIES:
         code = " Its folder asks for code of its own (auto_map), which Rung never runs." if raw.get("auto_map") else ""
         raise ModelError(f"{where}: Rung has no model family {kind!r}. {nearest(kind, FAMILIES)}{code}")
     if raw.get("quantization_config"):
-        raise ModelError(f"{where}: the weights are quantised; needed plain safetensors in fp32, fp16 or bf16.")
+        raise ModelError(
+            f"{where}: the weights are quantised; needed plain safetensors in fp32, fp16 or bf16. Take the folder that "
+            "they were made from, or its GGUF."
+        )
     try:
         _sizes(raw)
         return FAMILIES[kind](COMMON | LEFT_OUT.get(kind, {}) | dict(raw))
@@ -336,4 +340,7 @@ def _only(raw: Raw, **values: Any) -> None:
     """Refuse a field that is given and not the one value we compute."""
     for name, value in values.items():
         if raw.get(name) not in (None, value):
-            raise ConfigError(f"{name} is {raw[name]!r}; Rung computes {value!r} only.")
+            raise ConfigError(
+                f"{name} is {raw[name]!r}; Rung computes {value!r} only. transformers may compute it: --foreign "
+                "(foreign=True)."
+            )

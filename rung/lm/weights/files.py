@@ -230,7 +230,10 @@ def read_header(path: Path) -> Shard:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8 or length > MAX_JSON:
-            raise _broken(path, f"its header of {length} bytes does not fit its {size} bytes, or {MAX_JSON}")
+            raise _broken(
+                path,
+                f"it begins a header of {length} bytes; it has {size} bytes in all, and a header at most {MAX_JSON}",
+            )
         raw = strict_json(file.read(length), f"{path} is truncated or not a safetensors file: its header")
     metadata = raw.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):

@@ -178,7 +178,10 @@ def _explained(asked: HubId) -> Iterator[None]:
 def _hub() -> Any:
     """huggingface_hub, where it may be asked."""
     if os.environ.get("RUNG_OFFLINE"):
-        raise _Unreachable("the Hub is not asked, because RUNG_OFFLINE is set, and the cache has no such model.")
+        raise _Unreachable(
+            "the Hub is not asked, because RUNG_OFFLINE is set, and the cache has no such model. Unset it, or give the "
+            "path of a folder (./org/name); `rung models` lists the cache."
+        )
     try:
         import huggingface_hub
         import huggingface_hub.errors
