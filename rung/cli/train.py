@@ -22,6 +22,7 @@ from rung.train.config import METHODS, GroupRL, TaskSpec
 
 COMMAND = "rung train"
 METHOD, TASK_NAME = ("method",), ("task", "name")
+TASK_OF = {"data": "task", "reward": "task"}  # words that stand for a part of the recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +91,7 @@ def _is_kept(folder: Path, args: Sequence[str], recipe: GroupRL) -> bool:
     if not (folder / "model").exists() or not (record := read_run(folder)).finished:
         return False
     changed = config.diff(record.config, config.to_dict(recipe))
-    typed = {".".join(path) for path in _parsed(args)[1]}
+    typed = {TASK_OF.get(path[0], ".".join(path)) for path in _parsed(args)[1]}
     if not changed or any(name == path or name.startswith(path + ".") for name in changed for path in typed):
         return False
     names = one_line(", ".join(changed))

@@ -10,6 +10,7 @@
       grades.jsonl       journal of the verifier's grades: never cut (`rung.core.journal`)
       checkpoints/       (`rung.core.checkpoint`)
       model/             what was learnt, as a Hugging Face folder
+      adapter/           of a run with LoRA: what was learnt alone, as a folder of PEFT's
       log.txt            what the run was doing, a word a line
       report.html
       lock

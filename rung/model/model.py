@@ -150,6 +150,11 @@ def _foreign(decoder: ForeignDecoder, folder: Folder, export: Export, name: str,
     return Model(decoder=decoder, folder=folder, name=name, export=export, sites=sites, text=text)
 
 
+def is_foreign(name_or_path: str | Path, *, foreign: bool = False) -> bool:
+    """Does `load` take this model through transformers?"""
+    return foreign or not _is_native(locate(name_or_path))
+
+
 def _is_native(path: Path) -> bool:
     return read_json(path / "config.json").get("model_type") in FAMILIES
 

@@ -24,9 +24,11 @@ PAIRS_OF_A_KIND = {"became right": 6, "still wrong": 4, "became wrong": 4, "stil
 EVAL_FLAGS = {
     "max_tokens": "--max-tokens",
     "max_turns": "--max-turns",
+    "max_length": "--max-length",
     "eval_problems": "--problems",
     "dtype": "--dtype",
 }
+UNTYPED = ("mixture",)  # tasks whose options `rung eval` does not know
 MAX_GROUP = 8  # samples of the group that is shown
 PHASES = {"prefill": "prompts (prefill)", "decode": "sampling (decode)", "grade": "grading", "learn": "learning"}
 COMPUTED = "over the tokens that the learner computed; it skips groups that can teach it nothing."
@@ -339,10 +341,14 @@ def _commands(record: Record) -> str:
     """What to type to measure the model, and for the same run again."""
     lines = []
     task = record.config.get("task")
-    if (record.folder / "model").is_dir() and isinstance(task, Mapping):
+    if (record.folder / "model").is_dir() and isinstance(task, Mapping) and task.get("name") not in UNTYPED:
         model = str(record.folder / "model")
         lines.append(["rung", "eval", model, str(task.get("name"))])
         lines[-1] += [f"{flag}={record.config[name]}" for name, flag in EVAL_FLAGS.items() if name in record.config]
+        lines[-1] += ["--foreign"] * bool(record.config.get("foreign"))
+        grading = record.config.get("grading")
+        if isinstance(grading, Mapping) and "seconds" in grading:
+            lines[-1].append(f"--grade-seconds={grading['seconds']}")
         chosen = task.get("options")
         lines[-1] += [_task_option(*item) for item in (chosen.items() if isinstance(chosen, Mapping) else ())]
     lines.append(["rung", "train", str(record.folder / "config.json"), "--name", f"{record.name}-again"])

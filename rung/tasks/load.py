@@ -42,6 +42,7 @@ BUILT_IN: Mapping[str, str] = {
 }
 FAMILIES: Mapping[str, str] = {"reasoning-gym": "rung.tasks.reasoning"}  # a module whose `named` makes them by name
 WITH_FILES = ("maths", "mixture", "rewards")  # their options name files: `absolute` and `files` in their modules
+PACKAGES = {"maths": ("math-verify",), "reasoning-gym": ("reasoning-gym",)}  # that make a task's problems or grades
 METHODS = ("__len__", "problem", "reply", "grade")
 
 
@@ -74,7 +75,12 @@ def task_parameters(name: str) -> list[inspect.Parameter]:
 
 def source_hash(name: str, options: Mapping[str, Any]) -> str:
     """Names what is in the user's own files behind a task; "" where there are none: the others change with Rung."""
-    digests = [hashlib.blake2b(path.read_bytes(), digest_size=8) for path in files(name, options)]
+    try:
+        digests = [hashlib.blake2b(path.read_bytes(), digest_size=8) for path in files(name, options)]
+    except OSError as error:
+        raise TaskError(
+            f"{error.filename}, which the task {name} is made of, cannot be read: {error.strerror}"
+        ) from error
     if len(digests) > 1:
         return hashlib.blake2b(b"".join(digest.digest() for digest in digests), digest_size=8).hexdigest()
     return digests[0].hexdigest() if digests else ""
@@ -82,10 +88,17 @@ def source_hash(name: str, options: Mapping[str, Any]) -> str:
 
 def files(name: str, options: Mapping[str, Any]) -> list[Path]:
     """The user's own files behind a task."""
-    if name in BUILT_IN or name.partition(":")[0] in FAMILIES:
+    if _is_ours(name):
         return _module_of(name).files(options) if name in WITH_FILES else []
     path = source_file(name)
     return [path] if path else []
+
+
+def packages(name: str, options: Mapping[str, Any]) -> tuple[str, ...]:
+    """The packages that a task's problems and grades depend on, beside Rung itself."""
+    if name == "mixture":
+        return _module_of(name).packages(options)
+    return PACKAGES.get(name.partition(":")[0], ()) if _is_ours(name) else ()
 
 
 def source_file(name: str) -> Path | None:
@@ -110,6 +123,10 @@ def absolute_name(name: str) -> str:
     """The name of a function or class with the full path of its file."""
     place, _, attribute = name.rpartition(":")
     return f"{Path(place).resolve()}:{attribute}" if place.endswith(".py") else name
+
+
+def _is_ours(name: str) -> bool:
+    return name in BUILT_IN or name.partition(":")[0] in FAMILIES
 
 
 def _module_of(name: str) -> Any:

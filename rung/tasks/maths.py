@@ -137,7 +137,7 @@ def _read(written: str) -> list[Any]:
 
 def absolute(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options with the full paths of files (`load.absolute`)."""
-    return {**options, "data": str(Path(options["data"]).resolve())} if "data" in options else dict(options)
+    return {**options, "data": str(Path(options["data"]).resolve())} if options.get("data") else dict(options)
 
 
 def files(options: Mapping[str, Any]) -> list[Path]:

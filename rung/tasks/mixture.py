@@ -26,6 +26,8 @@ from rung.tasks.base import Task, problem_at
 
 LARGEST = 1 << 62  # len() must fit a machine word
 OWN = ("task", "weight")
+PART = "part"  # the fact; a part's own fact of this name is put aside as "part.part"
+TASK = f"{PART}.task"  # the fact that keeps what the part calls its task
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class Mixture:
         part = list(self.parts.values())[number]
         start = self._ends[number - 1] if number else 0
         problem = problem_at(part.task, (index - start) % len(part.task))
-        return replace(problem, task=part.name, facts={**problem.facts, "part": part.name})
+        aside = {f"{PART}.{key}" if _is_part(key) else key: value for key, value in problem.facts.items()}
+        return replace(problem, task=part.name, facts={**aside, PART: part.name, TASK: problem.task})
 
     def reply(self, problem: Problem, messages: Sequence[Message]) -> list[Message] | None:
         return self._of(problem).reply(_own(problem), messages)
@@ -69,13 +72,23 @@ class Mixture:
         return grades
 
     def _of(self, problem: Problem) -> Task:
-        return self.parts[str(problem.facts["part"])].task
+        return self.parts[str(problem.facts[PART])].task
 
 
 def _own(problem: Problem) -> Problem:
     """The problem as its part knows it."""
-    facts = {name: value for name, value in problem.facts.items() if name != "part"}
-    return replace(problem, facts=facts)
+    own = {key: value for key, value in problem.facts.items() if key not in (PART, TASK)}
+    facts = {key.removeprefix(f"{PART}."): value for key, value in own.items()}
+    return replace(problem, task=str(problem.facts[TASK]), facts=facts)
+
+
+def _is_part(key: str) -> bool:
+    return key == PART or key.startswith(f"{PART}.")
+
+
+def parts_of(task: Task) -> list[Task]:
+    """The tasks that a mixture is made of, mixtures in it included; any other task alone."""
+    return [own for part in task.parts.values() for own in parts_of(part.task)] if isinstance(task, Mixture) else [task]
 
 
 def mixture(**options: Any) -> Mixture:
@@ -133,3 +146,11 @@ def files(options: Mapping[str, Any]) -> list[Path]:
     for own in _parts(options).values():
         found += load.files(own["task"], {key: value for key, value in own.items() if key not in OWN})
     return found
+
+
+def packages(options: Mapping[str, Any]) -> tuple[str, ...]:
+    """The packages that the parts depend on (`load.packages`)."""
+    found: list[str] = []
+    for own in _parts(options).values():
+        found += load.packages(own["task"], {key: value for key, value in own.items() if key not in OWN})
+    return tuple(sorted(set(found)))

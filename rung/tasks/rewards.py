@@ -225,7 +225,7 @@ def _number(value: Any, name: str) -> float:
 def absolute(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options with the full paths of files (`load.absolute`)."""
     found = dict(options)
-    if "data" in options:
+    if options.get("data"):
         found["data"] = str(Path(options["data"]).resolve())
     if "rewards" in options:
         named = [(absolute_name(name), weight) for name, weight in spelt(options["rewards"])]

@@ -3,7 +3,7 @@
 *Wrong* is whatever an answer causes: an answer that makes the verifier raise, hang or die, while the verifier manages
 the known-good answer to the same problem, scores 0.  *Unknown* is the verifier's own fault: it says so, the known-good
 answer fails too, or the child cannot be kept alive.  Where a problem has no known-good answer, the verifier works if it
-manages an empty text, a number, or anything else in the same batch.
+manages an empty text, a number, or anything else in the same batch that is of the same task (a mixture has several).
 
 The child is limited and confined (`confine.py`): time, memory, processes, size of files, no network, no environment.
 What the kernel here does not allow is missing from `Grader.isolation`, and a run's record says so.
@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,7 @@ class Grader:
         self._broken = ""
         hopeless: dict[str, str] = {}
         outcomes = self._outcomes(answers)
-        works = any(_managed(outcome) for outcome in outcomes)
+        works = {a.problem.task for a, outcome in zip(answers, outcomes, strict=True) if _managed(outcome)}
         return [
             self._judge(answer, outcome, hopeless, works) for answer, outcome in zip(answers, outcomes, strict=True)
         ]
@@ -136,17 +136,17 @@ class Grader:
         return self._child if self._child.alive else None
 
     def _judge(
-        self, answer: Answer, outcome: "Grade | Reply | _Failure", hopeless: dict[str, str], works: bool
+        self, answer: Answer, outcome: "Grade | Reply | _Failure", hopeless: dict[str, str], works: Set[str]
     ) -> Grade | Reply:
         """What a failure means.
 
-        hopeless: problems whose known-good answer fails, and how; filled as it goes (those without one are one problem)
-        works:    some answer of the batch was judged
+        hopeless: problems whose known-good answer fails, and how; filled as it goes (without one, a whole task is one)
+        works:    tasks of which some answer of the batch was judged
         """
         if isinstance(outcome, _Failure) and outcome.child is not None and outcome.child is not self._living():
             (outcome,) = self._outcomes([answer])  # perhaps an accident, or an earlier answer's doing: once more
         known_good = answer.problem.answer
-        problem = "" if known_good is None else answer.problem.id
+        problem = f"of {answer.problem.task}" if known_good is None else answer.problem.id
         for attempt in range(2):
             if not isinstance(outcome, _Failure):
                 return outcome
@@ -163,7 +163,7 @@ class Grader:
                 self._child.kill()
                 (outcome,) = self._outcomes([answer])
         assert isinstance(outcome, _Failure)
-        if known_good is None and works and not self._broken:
+        if known_good is None and answer.problem.task in works and not self._broken:
             return Grade(score=0.0, error=outcome.reason)
         kind = "the known-good answer to the same problem fails too"
         if known_good is None:

@@ -29,6 +29,7 @@ MARKS = range(0xE000, 0xF8FF)  # Unicode's private use area: one that no message
 MAX_TEMPLATE = 1 << 20  # characters; the longest that is known has 30 000
 MAX_ANSWER = 12 * MAX_TEXT + 64  # bytes of a line: JSON writes a character in 12 at most
 WALL_SECONDS = 60.0  # on a machine that is busy with other things
+KEPT = ("PYTHONHOME", "LD_LIBRARY_PATH")  # of the environment: without them some Pythons do not start
 
 
 def prompt_ids(
@@ -139,7 +140,7 @@ class Renderer:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                env={"PYTHONPATH": path, "PYTHONUTF8": "1"},
+                env={"PYTHONPATH": path, "PYTHONUTF8": "1", **{n: os.environ[n] for n in KEPT if n in os.environ}},
                 start_new_session=True,  # Ctrl-C is the parent's
             )
             self._owner, self._child = os.getpid(), child

@@ -1,18 +1,24 @@
 """What is tried before a run has a folder: that its task has every problem it will ask, and that they fit the model."""
 
+from itertools import product
+
 from rung.core.errors import ConfigError, ModelError, TaskError
 from rung.core.progress import Listener, silent
-from rung.core.words import Message, spoken
+from rung.core.words import Message, Problem, spoken
 from rung.lm.adapters.peft import is_adapter
 from rung.lm.weights.sources import locate
 from rung.model.model import Model, outline
-from rung.tasks.base import Split, Task, problem_at, problems, where
+from rung.tasks.base import Split, Task, problem_at, problems, split_of, where
 from rung.tasks.load import RewardTask
+from rung.tasks.maths import Maths
+from rung.tasks.mixture import parts_of
+from rung.tasks.rewards import Rewards
 from rung.train.config import GroupRL
 from rung.train.rollouts import bounds_of, prompt_of
 from rung.train.turns import GOES_ON
 
-LOOKED_AT = 64  # problems of a part, where the task makes them; a list is read to its end
+LOOKED_AT = 64  # problems of a split, where the task makes them; a list is read to its end
+LISTS = (RewardTask, Rewards, Maths)
 
 
 def check_problems(recipe: GroupRL, task: Task, listener: Listener = silent) -> None:
@@ -22,32 +28,37 @@ def check_problems(recipe: GroupRL, task: Task, listener: Listener = silent) -> 
         _refuse_several_turns(task)
     model = weightless(recipe, listener)
     bounds = bounds_of(model, max_turns=recipe.max_turns, max_length=recipe.max_length)
-    parts: list[Split] = ["train", "held_out"]
+    splits: list[Split] = ["train", "held_out"]
     if 0 < recipe.eval_every < recipe.num_steps:
-        parts.append("validation")
-    for split in parts:
+        splits.append("validation")
+    asked: list[Problem] = []
+    for split in splits:
         try:
-            found = problems(task, split, len(task) if isinstance(task, RewardTask) else LOOKED_AT)
+            asked += problems(task, split, LOOKED_AT)
         except TaskError as error:
             if split != "validation":
                 raise
             raise TaskError(
                 f"{error}. eval_every = {recipe.eval_every} asks validation problems: set it to 0 to do without"
             ) from error
-        for problem in found:
-            prompt_of(model, problem, recipe.max_tokens, bounds.max_length)
+    for part in parts_of(task):
+        listed = [problem_at(part, index) for index in range(len(part))] if isinstance(part, LISTS) else []
+        asked += [problem for problem in listed if split_of(problem) in splits]
+    for problem in {problem.messages: problem for problem in asked}.values():
+        prompt_of(model, problem, recipe.max_tokens, bounds.max_length)
 
 
 def _refuse_several_turns(task: Task) -> None:
     """A task that goes on after an answer is told apart before a run is made; what this misses, the run itself refuses.
 
     Nothing that a model said is tried here, only an empty answer and the known-good one."""
-    problem = problem_at(task, 0)
-    for text in ("", problem.answer or ""):
+    for part, text in product(parts_of(task), ("", None)):
+        problem = problem_at(part, 0)
+        said = (problem.answer or "") if text is None else text
         try:
-            reply = task.reply(problem, spoken((*problem.messages, Message("assistant", text))))
+            reply = part.reply(problem, spoken((*problem.messages, Message("assistant", said))))
         except (Exception, SystemExit) as error:
-            raise TaskError(f"the reply of the task {type(task).__name__} failed: {where(error, '')}") from error
+            raise TaskError(f"the reply of the task {type(part).__name__} failed: {where(error, '')}") from error
         if reply is not None:
             raise ConfigError(GOES_ON)
 

@@ -27,6 +27,7 @@ from rung.tasks.base import draw
 from rung.tasks.load import load_task
 from rung.train.checks import check_problems, weightless
 from rung.train.config import GroupRL
+from rung.train.evaluate import CHUNK
 from rung.train.methods import needs_reference
 from rung.train.session import check_recipe, use_threads
 
@@ -101,7 +102,8 @@ def memory(recipe: GroupRL, model: Model, prompt: int) -> dict[str, float]:
     rows = positions(recipe, model.decoder.max_positions, prompt)
     parts["key-value cache"] = float(_slots(recipe) * rows * footprint.cached * width)
     parts["learner's logits"] = head_bytes(footprint, width, learnt=not lora.on)
-    parts["activations"] = float(recipe.tokens_per_micro_batch * activations(recipe, model) * width)
+    together = max(recipe.tokens_per_micro_batch, rows)  # a sequence is never cut
+    parts["activations"] = float(together * activations(recipe, model) * width)
     if lora.on and keeps_blocks("cpu", compute_dtype(recipe.dtype)):  # else they are fewer than the gradients
         learner = parts["learner's logits"] + parts["activations"]
         parts["sampler beyond learner"] = max(0.0, float(width * weights) - learner)
@@ -115,9 +117,17 @@ def positions(recipe: GroupRL, room: int, prompt: int) -> int:
 
 
 def _slots(recipe: GroupRL) -> int:
-    """Sequences that the engine holds at a time: samples, and prompts waiting to be copied."""
-    decoding = min(recipe.slots, recipe.prompts_per_step * recipe.samples_per_prompt)
-    return decoding + min(prompt_slots(decoding), recipe.prompts_per_step)
+    """Sequences that the engine holds at a time: samples, and prompts waiting to be copied.
+
+    The most of a step's first turn, of its later ones (where every sample has a prompt of its own), of an evaluation.
+    """
+    samples, evaluated = recipe.prompts_per_step * recipe.samples_per_prompt, min(recipe.eval_problems, CHUNK)
+    later = samples if recipe.max_turns > 1 else 0
+    held = []
+    for asked, prompts in ((samples, recipe.prompts_per_step), (later, later), (evaluated, evaluated)):
+        decoding = min(recipe.slots, asked)
+        held.append(decoding + min(prompt_slots(decoding), prompts))
+    return max(held)
 
 
 def activations(recipe: GroupRL, model: Model) -> int:
@@ -138,11 +148,15 @@ def duration(recipe: GroupRL, model: Model, rate: float, prompt: float) -> float
     """
     weights, learnt = model.decoder.footprint().parameters, num_learnt(model, recipe.lora)
     whole = weights + learnt * recipe.lora.on  # of all matrices that a token passes
+    turns, samples = recipe.max_turns, recipe.prompts_per_step * recipe.samples_per_prompt
     prompts = recipe.prompts_per_step * prompt
-    sampled = recipe.prompts_per_step * recipe.samples_per_prompt * recipe.max_tokens * recipe.max_turns
-    rolled = 2.0 * whole * (prompts + sampled)
-    learned = (4.0 * whole + 2.0 * learnt + 2.0 * weights * needs_reference(recipe.method)) * (prompts + sampled)
-    evaluated = 2 * 2.0 * whole * recipe.eval_problems * (prompt + recipe.max_tokens)
+    own = recipe.max_tokens * turns + prompt * (turns - 1)  # tokens of an episode behind its prompt
+    again = (turns - 1) * (prompt + turns * (prompt + recipe.max_tokens) / 2)  # read when its later turns begin
+    rolled = 2.0 * whole * (prompts + samples * (recipe.max_tokens * turns + again))
+    shared = recipe.share_prompts and model.decoder.branches
+    packed = (prompts if shared else samples * prompt) + samples * own
+    learned = (4.0 * whole + 2.0 * learnt + 2.0 * weights * needs_reference(recipe.method)) * packed
+    evaluated = 2 * 2.0 * whole * recipe.eval_problems * (prompt + recipe.max_tokens * turns + again)
     return (recipe.num_steps * (rolled + learned) + evaluated) / (rate * EFFICIENCY)
 
 

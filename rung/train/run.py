@@ -10,6 +10,7 @@ import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from rung.core.records import Sampling
 from rung.core.rundir import RunDir, create, open_run
 from rung.core.words import Answer, Message
 from rung.lm.weights.sources import absolute_source
+from rung.model.model import is_foreign
 from rung.tasks.base import Split, problems
-from rung.tasks.load import absolute, load_task, source_hash
+from rung.tasks.load import absolute, load_task, packages, source_hash
 from rung.tasks.sandbox import isolation
 from rung.train.checks import check_problems
 from rung.train.config import GroupRL, TaskSpec
@@ -45,7 +47,7 @@ from rung.train.turns import Episode
 
 SAME_PLACE = (
     *("rung", "noise_law", "torch", "torch_build", *LIBRARIES),
-    *("cpu", "capability", "threads", "gpu", "task_source"),
+    *("cpu", "capability", "threads", "gpu", "task_source", "task_packages", "transformers"),
 )
 
 
@@ -96,7 +98,9 @@ def resume(folder: str | Path, *, listener: Listener = silent, allow_changed: bo
     use_threads(recipe.threads)
     before, now = run.environment(), _place(recipe)
     changed = [
-        f"{name} was {before.get(name)!r}, is {now[name]!r}" for name in SAME_PLACE if before.get(name) != now[name]
+        f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
+        for name in SAME_PLACE
+        if before.get(name) != now.get(name)
     ]
     if changed and not allow_changed:
         raise RunError(
@@ -113,12 +117,25 @@ def _command(run: RunDir) -> str:
 
 
 def _place(recipe: GroupRL) -> dict[str, Any]:
-    """What a repetition bit for bit depends on beside the recipe: the machine, and the task's own files.
+    """What a repetition bit for bit depends on beside the recipe: the machine, the task's own files, and the packages
+    that make its problems or compute the model.
 
     Also how well the grading child is confined here, for the record.
     """
-    source = source_hash(recipe.task.name, recipe.task.options)
-    return environment() | {"task_source": source, "grading": isolation(recipe.grading)}
+    task = recipe.task.name, recipe.task.options
+    place = environment() | {"task_source": source_hash(*task), "grading": isolation(recipe.grading)}
+    if needed := packages(*task):
+        place["task_packages"] = {name: _version(name) for name in needed}
+    if is_foreign(recipe.model, foreign=recipe.foreign):
+        place["transformers"] = _version("transformers")
+    return place
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _go(run: RunDir, recipe: GroupRL, listener: Listener, moved: Mapping[str, Any] | None = None) -> Run:
@@ -263,14 +280,14 @@ def _evaluate(
     run.append("evals", records)
     numbers = {name: getattr(result, name) for name in ("accuracy", "low", "high", "n", "unknown", "ended")}
     seconds = time.perf_counter() - began
-    parts = by_task(result)
-    more = {"by_task": parts} if len(parts) > 1 else {}
+    several = len({answer.problem.task for answer in result.answers}) > 1
+    more = {"by_task": by_task(result)} if several else {}
     run.append("metrics", [{"kind": "eval", "step": step, "split": split, **numbers, "seconds": seconds, **more}])
     return result
 
 
 def by_task(result: Evaluation) -> dict[str, float]:
-    """Accuracy among the known grades of each task of a mixture."""
+    """Accuracy among the known grades of each task of a mixture; a task without any is left out."""
     right: dict[str, list[bool]] = {}
     for answer, grade in zip(result.answers, result.grades, strict=True):
         if grade.known:

@@ -18,6 +18,7 @@ from rung.core.progress import Progress
 from rung.core.rundir import RunDir, create
 from rung.report import page
 from rung.report.load import read_run
+from rung.tasks.sandbox import Limits
 from rung.train.config import METHODS, GroupRL, TaskSpec
 
 FILE = """
@@ -365,3 +366,33 @@ def test_every_recipe_says_what_it_will_cost(words, here, capsys):
     (here / "d.jsonl").write_text(QUESTIONS)
     assert cli.main(["train", *words.split(), "--dry-run"]) in (0, None)
     assert "steps, if every sample is as long as may be" in capsys.readouterr().out
+
+
+def test_other_questions_are_not_answered_with_the_result_of_a_finished_run(here, monkeypatch):
+    for name in ("d.jsonl", "other.jsonl"):
+        (here / name).write_text(QUESTIONS)
+    (here / "r.py").write_text(REWARD)
+    recipe = read(["grpo", "--data", "d.jsonl"])[1]
+    task = replace(recipe.task, options={"data": str(here / "d.jsonl")})
+    finished_run(here / "runs" / "grpo", recipe.num_steps, replace(recipe, task=task))
+    calls = []
+    monkeypatch.setattr(rung, "train", lambda recipe, **options: calls.append(recipe.task), raising=False)
+    cli.main(["train", "grpo", "--data", "other.jsonl", "--or-resume"])
+    cli.main(["train", "grpo", "--data", "d.jsonl", "--reward", "r.py:g", "--or-resume"])
+    assert [task.options["data"] for task in calls] == ["other.jsonl", "d.jsonl"]
+
+
+def test_the_commands_of_a_report_measure_as_the_run_did_or_are_left_out(here, monkeypatch):
+    recipe = replace(load_recipe("mine.py:mine"), foreign=True, max_length=99, grading=Limits(seconds=7.5))
+    run = finished_run(here / "runs" / "mine", recipe.num_steps, recipe)
+    evaluate = shlex.split(page._commands(read_run(run.folder)).splitlines()[0])
+    asked = {}
+    found = SimpleNamespace(accuracy=0.5, low=0.25, high=0.75, n=8, unknown=0)
+    monkeypatch.setattr(rung, "load", lambda name, **more: asked.update(more), raising=False)
+    monkeypatch.setattr(rung, "evaluate", lambda model, task, **more: asked.update(more) or found, raising=False)
+    assert cli.main(evaluate[1:]) == 0
+    assert (asked["foreign"], asked["max_length"], asked["limits"]) == (True, 99, recipe.grading)
+    options = {"a.task": "arithmetic", "b.task": "steps"}
+    mixed = replace(recipe, name="mixed", task=TaskSpec(name="mixture", options=options))
+    run = finished_run(here / "runs" / "mixed", recipe.num_steps, mixed)
+    assert [line.split()[:2] for line in page._commands(read_run(run.folder)).splitlines()] == [["rung", "train"]]

@@ -203,3 +203,31 @@ def test_an_adapter_without_its_base_or_its_weights_says_what_is_missing(here):
     (here / WEIGHTS).unlink()
     with pytest.raises(ModelError, match=r"has no adapter_model\.safetensors"):
         load(here)
+
+
+def test_a_base_of_the_hub_is_named_with_its_commit_as_peft_names_it(here):
+    import peft
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    save_adapter(here.parent / "new", factors_of(SPECS["plain"]), base=f"org/name@{commit}")
+    theirs = peft.LoraConfig.from_pretrained(here.parent / "new")
+    assert (theirs.base_model_name_or_path, theirs.revision) == ("org/name", commit)
+    assert load_adapter(here.parent / "new")[1] == f"org/name@{commit}"
+    edit_config(here, base_model_name_or_path="org/name", revision="v2")
+    assert load_adapter(here)[1] == "org/name@v2"
+    edit_config(here, base_model_name_or_path=str(here), revision="v2")
+    assert load_adapter(here)[1] == str(here)
+
+
+def test_an_adapter_of_a_head_that_is_the_embedding_is_not_left_out_in_silence(tmp_path):
+    base = their_folder(tmp_path)
+    held = load_file(base / "model.safetensors")
+    embedding = held["model.embed_tokens.weight"]
+    save_file({**held, "lm_head.weight": embedding.clone()}, base / "model.safetensors", {"format": "pt"})
+    raw = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(raw | {"tie_word_embeddings": True}))
+    load(base)
+    pair = torch.ones(2, embedding.shape[1]), torch.ones(embedding.shape[0], 2)
+    save_adapter(tmp_path / "head", Factors(LoRA(rank=2), {"lm_head": pair}), base=str(base))
+    with pytest.raises(ModelError, match=r"config\.json ties the head to the embedding"):
+        load(tmp_path / "head")

@@ -9,7 +9,7 @@ from rung.core.errors import TaskError
 from rung.core.words import Answer, Message
 from rung.tasks.base import problems, split_of
 from rung.tasks.jsonl import Columns, read
-from rung.tasks.load import absolute, load_task, source_hash
+from rung.tasks.load import absolute, load_task, packages, source_hash
 from rung.tasks.sandbox import Grader
 
 
@@ -189,6 +189,7 @@ def lost(problem, text):
     from rung.core.words import unknown
     return unknown("the judge is asleep")
 
+def offline(problem, text): raise ConnectionError("the judge is far away")
 def tokens(prompts, completions, completion_ids): return [0.0]
 def another(prompts, completions, level): return [0.0]
 def two(prompts, completions, **kwargs): return [0.0, 1.0]
@@ -367,3 +368,71 @@ def test_names_of_files_are_made_whole_and_their_text_is_part_of_a_runs_place(da
     (tmp_path / "r.py").write_text(REWARDS + "\n")
     assert source_hash("mixture", options) != before
     assert source_hash("arithmetic", {}) == source_hash("reasoning-gym:chain_sum", {}) == ""
+
+
+def test_a_part_whose_verifier_fails_is_unknown_though_another_parts_works(data, functions):
+    """No answer to its questions is known good, so that other answers of the batch say whether it works: its own."""
+    rows = [{"question": f"{n}?"} for n in range(40)]
+    options = {
+        "sums.task": "arithmetic",
+        "judged.task": "rewards",
+        "judged.data": data(*rows),
+        "judged.rewards": functions("offline"),
+    }
+    task = load_task("mixture", options)
+    some = {problem.task: problem for problem in problems(task, "train", 200)}
+    answers = [Answer(problem=some[name], text="7", stop="eos", num_tokens=1) for name in ("sums", "judged") * 2]
+    with Grader("mixture", options) as grader:
+        grades = grader.grade(answers)
+    assert [grade.known for grade in grades] == [True, False] * 2
+    assert "the judge is far away" in grades[1].error
+
+
+def test_a_mixture_may_be_part_of_a_mixture():
+    inner = {"task": "mixture", "one.task": "arithmetic", "one.digits": 1, "two.task": "steps"}
+    options = {"sums.task": "arithmetic", **{f"both.{key}": value for key, value in inner.items()}}
+    task = load_task("mixture", options)
+    asked = problems(task, "train", 60)
+    assert {problem.task for problem in asked} == {"sums", "both"}
+    assert {problem.facts["part.part"] for problem in asked if problem.task == "both"} == {"one", "two"}
+    answers = [Answer(problem=p, text=p.answer, stop="eos", num_tokens=1) for p in asked]
+    assert all(grade.right for grade in task.grade(answers))
+    assert [task.reply(problem, [*problem.messages, Message("assistant", "1")]) for problem in asked] == [None] * 60
+
+
+KINDS = """
+from rung.core.words import Grade, Message, Problem
+
+class Kinds:
+    def __len__(self):
+        return 40
+
+    def problem(self, index):
+        kind = "odd" if index % 2 else "even"
+        return Problem(id=str(index), messages=(Message("user", f"{index}?"),), task=kind, facts={"part": index})
+
+    def reply(self, problem, messages):
+        return None
+
+    def grade(self, answers):
+        given = [(a.problem.task, a.problem.facts) for a in answers]
+        return [Grade(score=1.0, right=task == ("odd" if facts["part"] % 2 else "even")) for task, facts in given]
+"""
+
+
+def test_a_part_sees_its_problems_as_it_made_them(tmp_path):
+    (tmp_path / "kinds.py").write_text(KINDS)
+    task = load_task("mixture", {"a.task": f"{tmp_path / 'kinds.py'}:Kinds", "b.task": "arithmetic"})
+    asked = [task.problem(index * len(task) // 80) for index in range(80)]
+    mine = [Answer(problem=p, text="", stop="eos", num_tokens=1) for p in asked if p.task == "a"]
+    assert len(mine) == 40
+    assert all(grade.right for grade in task.grade(mine))
+
+
+def test_the_packages_behind_a_task_are_named_and_files_that_are_gone_too(data, functions, tmp_path):
+    named = {"a.task": "reasoning-gym:chain_sum", "b.task": "maths", "b.data": data(GOOD), "c.task": "arithmetic"}
+    assert packages("mixture", named) == ("math-verify", "reasoning-gym")
+    assert packages("maths", {"data": data(GOOD)}) == ("math-verify",)
+    assert packages("arithmetic", {}) == packages("maths.py:reward", {}) == packages("mixture", mixed(data, functions))
+    with pytest.raises(TaskError, match=r"gone\.jsonl, which the task maths is made of, cannot be read: No such file"):
+        source_hash("maths", {"data": str(tmp_path / "gone.jsonl")})

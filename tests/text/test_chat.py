@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from rung.core.errors import ModelError
 from rung.core.words import Message
 from rung.lm.weights.files import COMPANIONS, read_files, read_json
-from rung.text.chat import prompt_ids
+from rung.text import chat
+from rung.text.chat import Renderer, prompt_ids
 from rung.text.pretrained import Tokenizer
 
 CHATML = (
@@ -108,3 +109,19 @@ def test_what_a_template_refuses_is_said():
         prompt_ids(with_template("{% if %}"), [Message("user", "a")])
     with pytest.raises(ModelError, match=r"no chat template: give a plain text prompt"):
         prompt_ids(with_template(None), [Message("user", "a")])
+
+
+def test_the_child_that_renders_has_what_python_needs_to_start_and_no_other_variable(monkeypatch):
+    made, popen = [], chat.subprocess.Popen
+
+    def noted(*args, **more):
+        made.append(more["env"])
+        return popen(*args, **more)
+
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/nowhere")
+    monkeypatch.setenv("SECRET", "x")
+    monkeypatch.setattr(chat.subprocess, "Popen", noted)
+    renderer = Renderer()
+    assert renderer.render("{{ 1 + 1 }}", {}) == "2"
+    renderer.close()
+    assert set(made[0]) - {"PYTHONHOME"} == {"PYTHONPATH", "PYTHONUTF8", "LD_LIBRARY_PATH"}

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from train.tiny import tiny_decoder, tiny_recipe
 
 import rung
 from rung.core.errors import ConfigError
-from rung.core.records import Layout
+from rung.core.records import GroupRequest, Layout, Sampling
 from rung.core.rundir import create, open_run
+from rung.engine.engine import Engine
 from rung.lm.decoder import Decoder
 from rung.tasks.load import load_task
 from rung.train import estimate as estimates
@@ -81,3 +83,49 @@ def test_an_estimate_grows_with_what_is_asked(folder):
     assert any("free" in line for line in small.lines)
     with_reference = rung.estimate(tiny_recipe(folder, method=Method(kl="k3_loss", kl_coef=0.1)))
     assert with_reference.bytes > small.bytes
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"eval_problems": 40, "prompts_per_step": 1},  # an evaluation asks more than a step
+        {"prompts_per_step": 2, "samples_per_prompt": 20},
+        {"prompts_per_step": 2, "samples_per_prompt": 20, "max_turns": 2},  # then every sample is a request
+        {"eval_problems": 40, "slots": 6},
+    ],
+)
+def test_the_slots_that_are_counted_are_those_of_the_largest_call(changes):
+    recipe = tiny_recipe(Path("unused"), **changes)
+    engine, sampling = Engine(tiny_decoder(), slots=recipe.slots), Sampling(max_tokens=1)
+
+    def run(prompts: int, samples: int) -> None:
+        request = GroupRequest(prompt_ids=(1, 2), keys=tuple(range(samples)), sampling=sampling)
+        engine.run([request] * prompts)
+
+    run(recipe.eval_problems, 1)
+    run(recipe.prompts_per_step, recipe.samples_per_prompt)
+    if recipe.max_turns > 1:
+        run(recipe.prompts_per_step * recipe.samples_per_prompt, 1)
+    assert engine.runner.state.slots == estimates._slots(recipe)
+
+
+def test_later_turns_read_the_episode_again_and_an_evaluation_has_them_too(folder):
+    """Sums of tokens by hand: a prompt of 10, answers of 5, 10 tokens said before the second and the third."""
+    recipe = tiny_recipe(folder, max_turns=3, num_steps=1, prompts_per_step=1, samples_per_prompt=4, eval_problems=7)
+    model = rung.load(folder)
+    weights = model.decoder.footprint().parameters
+    read = (10 + 5 + 10) + (10 + 5 + 10 + 5 + 10)  # by the second turn and the third
+    rolled = 2 * (10 + 4 * (15 + read))
+    learned = 6 * (10 + 4 * (15 + 20))
+    evaluated = 2 * 2 * 7 * (10 + 15 + read)
+    found = estimates.duration(recipe, model, 1.0, 10.0) * estimates.EFFICIENCY
+    assert math.isclose(found, weights * (rolled + learned + evaluated))
+    alone = estimates.duration(replace(recipe, share_prompts=False), model, 1.0, 10.0) * estimates.EFFICIENCY
+    assert math.isclose(alone - found, weights * 6 * 3 * 10)
+
+
+def test_an_episode_longer_than_a_micro_batch_is_counted_whole(folder):
+    model = rung.load(folder)
+    recipe = tiny_recipe(folder, max_turns=3, tokens_per_micro_batch=20)
+    long = estimates.memory(recipe, model, 30)["activations"]
+    assert long == estimates.memory(replace(recipe, tokens_per_micro_batch=105), model, 30)["activations"]

@@ -6,13 +6,14 @@ from dataclasses import replace
 import peft
 import pytest
 import torch
+import transformers
 from foreign_models import foreign_folder
 from train.tiny import made_samples, stop_after, tiny_recipe, weights_of
 from transformers import AutoModelForCausalLM
 
 import rung
-from rung.core.errors import ConfigError, TaskError
-from rung.core.rundir import open_run
+from rung.core.errors import ConfigError, RunError, TaskError
+from rung.core.rundir import create, open_run
 from rung.core.words import Message
 from rung.lm.adapters.lora import Adapter
 from rung.lm.adapters.spec import LoRA
@@ -25,6 +26,7 @@ from rung.train.config import METHODS, Method, Optim
 from rung.train.data import count, pack
 from rung.train.methods import build_objective
 from rung.train.policy import LanguagePolicy, frozen_copy
+from rung.train.run import _place
 
 
 @pytest.fixture(scope="module")
@@ -205,3 +207,14 @@ def test_a_reference_keeps_its_weights_while_the_model_learns(gpt2):
             parameter.add_(1.0)
     pairs = zip(decoder.parameters(), reference.parameters(), strict=True)
     assert all(not torch.equal(a, b) and not b.requires_grad for a, b in pairs)
+
+
+def test_a_run_through_another_transformers_is_not_resumed_in_silence(llama, tmp_path):
+    """A run of a family of ours does not name it, and is resumed whatever is installed."""
+    recipe = tiny_recipe(llama, foreign=True)
+    place = _place(recipe)
+    assert place["transformers"] == transformers.__version__
+    assert "transformers" not in _place(replace(recipe, foreign=False))
+    run = create(tmp_path / "run", recipe, place | {"transformers": "4.0.0"})
+    with pytest.raises(RunError, match=r"transformers was '4\.0\.0', is '5.*--allow-changed"):
+        rung.resume(run.folder)

@@ -1,5 +1,6 @@
 """What a run and an evaluation ask of a task before they begin, and what becomes of grades that are unknown."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -142,3 +143,33 @@ def test_a_mixture_is_reported_task_by_task_and_how_the_child_is_confined_is_kep
     evals = [r for r in run.read("metrics") if r["kind"] == "eval" and r["split"] == "held_out"]
     assert [set(r["by_task"]) for r in evals] == [{"a", "b"}] * 2
     assert run.environment()["grading"].startswith("processes ")
+
+
+def test_a_recipe_for_a_file_without_one_asks_for_it(folder, tmp_path):
+    (tmp_path / "r.py").write_text("def g(problem, text): return 1.0\n")
+    nothing = {"data": ""}
+    given = {"maths": nothing, "rewards": {**nothing, "rewards": f"{tmp_path / 'r.py'}:g"}}
+    for name, options in given.items():
+        with pytest.raises(TaskError, match=f"the task {name} needs `data`, a file of JSON lines"):
+            rung.train(tiny_recipe(folder, task=TaskSpec(name=name, options=options)), folder=tmp_path / "run")
+
+
+def test_every_line_of_a_file_is_looked_at_before_a_run_is_made(folder, tmp_path):
+    """Also where the file is a part of a mixture; the 64 problems that are looked at elsewhere would miss the line."""
+    rows = [{"prompt": f"short {n}"} for n in range(300)]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"prompt": "long " * 60, "split": "train"}])))
+    (tmp_path / "r.py").write_text("def g(problem, text): return 1.0\n")
+    options = {"data": str(tmp_path / "d.jsonl"), "rewards": f"{tmp_path / 'r.py'}:g"}
+    alone = TaskSpec(name="rewards", options=options)
+    parts = {"a.task": "arithmetic", "b.task": "rewards", **{f"b.{key}": value for key, value in options.items()}}
+    for task in (alone, TaskSpec(name="mixture", options=parts)):
+        with pytest.raises(TaskError, match=r"must fit the model's 256 positions, and 'long long"):
+            rung.train(tiny_recipe(folder, task=task), folder=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_part_of_several_turns_is_told_apart_before_a_run_is_made(folder, tmp_path):
+    parts = {"a.task": "arithmetic", "b.task": "guess"}
+    with pytest.raises(ConfigError, match="max_turns is 1"):
+        rung.train(tiny_recipe(folder, task=TaskSpec(name="mixture", options=parts)), folder=tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -13,6 +13,7 @@ from rung.core.errors import ConfigError, ModelError
 from rung.core.shapes import Tensor
 from rung.lm.adapters.lora import Factors
 from rung.lm.adapters.spec import LoRA
+from rung.lm.weights import hub
 from rung.lm.weights.files import CODES, DTYPES, Entry, Shard, read_header, read_json, tensors, write_shard
 from rung.lm.weights.hf import written_whole
 
@@ -51,7 +52,7 @@ def save_adapter(path: Path, factors: Factors, *, base: str) -> None:
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        **_named(base),
         "inference_mode": True,
         "r": spec.rank,
         "lora_alpha": spec.alpha,
@@ -86,7 +87,17 @@ def load_adapter(path: Path) -> tuple[Factors, str]:
         raise ModelError(f"{where} lacks the field {error}.") from error
     except (TypeError, ValueError, ConfigError) as error:
         raise ModelError(f"{where}: {error}") from error
-    return Factors(spec, _pairs(path, spec)), str(raw.get("base_model_name_or_path") or "")
+    base, revision = str(raw.get("base_model_name_or_path") or ""), raw.get("revision")
+    of_the_hub = hub.parse(base) is not None and "@" not in base and not Path(base).exists()
+    return Factors(spec, _pairs(path, spec)), f"{base}@{revision}" if revision and of_the_hub else base
+
+
+def _named(base: str) -> dict[str, str]:
+    """PEFT writes the commit of a model of the Hub beside its id."""
+    found = hub.parse(base)
+    if found is None or "@" not in base or Path(base).exists():
+        return {"base_model_name_or_path": base}
+    return {"base_model_name_or_path": found.repo, "revision": found.revision}
 
 
 def _pairs(path: Path, spec: LoRA) -> dict[str, tuple[Tensor, Tensor]]:

@@ -197,8 +197,8 @@ def _fill(
             listener(Progress(stage="load", done=done, total=len(place)))
     extra = [shard.file for shard in shards for entry in shard.entries if entry.name == "lm_head.weight" not in place]
     for file in extra:  # tied by the config and yet written: the two must agree
-        for _, value in tensors(path / file, ["lm_head.weight"]):
-            if not torch.equal(value.to(decoder.head_weight().dtype), decoder.head_weight().data):
+        for name, value in tensors(path / file, ["lm_head.weight"]):
+            if not torch.equal(change(name, value).to(decoder.head_weight().dtype), decoder.head_weight().data):
                 raise ModelError(
                     f"{path}: config.json ties the head to the embedding, but lm_head.weight differs from "
                     'model.embed_tokens.weight. Set "tie_word_embeddings": false if the head is the file\'s own.'
