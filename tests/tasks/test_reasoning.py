@@ -147,7 +147,7 @@ def test_composite_is_refused_with_the_reason_and_a_misspelt_name_is_answered_wi
         load_task("reasoning-gym:composite", {})
     with pytest.raises(TaskError, match=r"reasoning-gym has no data set 'chain_sm'\. Did you mean 'chain_sum'"):
         load_task("reasoning-gym:chain_sm", {})
-    with pytest.raises(TaskError, match=r"reasoning-gym has no data set ''\. Known: ab, "):
+    with pytest.raises(TaskError, match="is many data sets: name one, as in reasoning-gym:chain_sum"):
         load_task("reasoning-gym", {})
 
 
