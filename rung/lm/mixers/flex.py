@@ -10,11 +10,12 @@ whether all do (then no mask is computed).  Nothing is of size T x T.  A filler 
 
 What the library asks for (torch 2.13: nn/attention/flex_attention.py, _inductor/kernel/flex/, _dynamo/):
 
-- It is compiled once, with automatic dynamic shapes: the second length makes lengths symbolic, and no later micro-batch
-  compiles.  Training, `no_grad`, inference and windowed layers have a kernel each, and torch keeps eight a function:
-  `fullgraph` makes a ninth an error, where torch would otherwise fall back to all T x T scores, in silence.
-- Numbers that a function captures are tensors: a float may become symbolic, which no kernel takes.  They are tables by
-  head, like ALiBi's.  The default scale is the library's own constant, and another one is a factor behind it.
+- It is compiled once, with symbolic lengths, so that micro-batches of other lengths compile nothing.  Training,
+  `no_grad`, inference and windowed layers have a kernel each; so has a number of blocks that was equal to one of heads
+  when it was first seen.  Torch keeps eight of a function unless told; beyond, it would fall back to all T x T scores,
+  in silence: `fullgraph` makes that an error.
+- A number that a function captures is a tensor: a float would become symbolic, which a captured value must not be.  So
+  the cap is a table by head, as ALiBi's slopes are.  The scale, an argument, is made constant again behind Dynamo.
 - T may be ragged: kernels guard the last block, if it is not called full (`create_block_mask` never does).  There is
   more than one block, though: below, torch would take another kernel, and compile sizes of 1 apart.
 - tl.dot needs heads of at least 16 and has no fp64.  What does not fit takes `PackedPlan`, on a GPU too.
@@ -40,6 +41,7 @@ from rung.lm.state import Placement
 
 BLOCK = 128  # tokens of a block: the library's default, which the tiles of all its kernels divide
 SMALLEST_HEAD = 16  # tl.dot
+KERNELS = 32  # that torch may keep, in place of eight
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # batch, head, query, key
@@ -113,56 +115,39 @@ class FlexPlan:
         lists = [_on(part, like) for of in (part_QN, full_QN, part_QN.T, full_QN.T) for part in _listed(of)]
         block_mask = BlockMask((len(layout), len(layout)), *lists, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=mask_mod)
         cos_T1d, sin_T1d = rotary_tables(spec, layout.position_T, like)
-        return FlexPlan(spec, cos_T1d, sin_T1d, block_mask, _score_mod(spec, like), new)
+        return FlexPlan(spec, cos_T1d, sin_T1d, block_mask, _capped(spec, like) if spec.softcap else None, new)
 
     def attend(self, qkv_TE: Float[Tensor, "T E"], rows: Tensor | None) -> Float[Tensor, "T O"]:
         q_THd, k_TKd, v_TKd = rotated(qkv_TE, self.spec, self.cos_T1d, self.sin_T1d)
         if rows is not None and self.new is not None:
             self.new.write(rows, torch.stack((k_TKd, v_TKd), 1))
         q_1HTd, k_1KTd, v_1KTd = (x_THd.transpose(0, 1)[None] for x_THd in (q_THd, k_TKd, v_TKd))
-        attention = kernel(qkv_TE.device.type)
-        out_1HTd = attention(q_1HTd, k_1KTd, v_1KTd, self.score_mod, self.block_mask, enable_gqa=True)
+        attention, scale = kernel(qkv_TE.device.type), self.spec.scale
+        out_1HTd = attention(q_1HTd, k_1KTd, v_1KTd, self.score_mod, self.block_mask, scale, enable_gqa=True)
         return out_1HTd[0].transpose(0, 1).flatten(1)
 
 
 @cache
 def kernel(device: str) -> Callable[..., Tensor]:
     """FlexAttention as it runs on a device: fused on CUDA; on a CPU, where there is no backward pass, as it is."""
-    return torch.compile(flex_attention, fullgraph=True) if device == "cuda" else flex_attention
+    if device != "cuda":
+        return flex_attention
+    compiled = torch.compile(flex_attention, dynamic=True, fullgraph=True)
+    return torch._dynamo.config.patch(recompile_limit=KERNELS)(compiled)
 
 
 def _continues(enter_T: Tensor, exit_T: Tensor) -> MaskMod:
-    def mask_mod(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return (enter_T[j] <= enter_T[i]) & (enter_T[i] < exit_T[j])
-
-    return mask_mod
+    return lambda batch, head, i, j: (enter_T[j] <= enter_T[i]) & (enter_T[i] < exit_T[j])
 
 
 def _near(position_T: Tensor, first_T: Tensor) -> MaskMod:
-    def mask_mod(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return position_T[j] >= first_T[i]
-
-    return mask_mod
+    return lambda batch, head, i, j: position_T[j] >= first_T[i]
 
 
-def _score_mod(spec: AttentionSpec, like: Tensor) -> ScoreMod | None:
-    """From scores of the default scale to those of the spec; in the precision that scores have."""
-    wide = torch.promote_types(like.dtype, torch.float32)
-
-    def table(value: float) -> Tensor:
-        return torch.full((spec.heads,), value, dtype=wide, device=like.device)
-
-    factor_H, cap_H = table(spec.score_scale * spec.head_dim**0.5), table(spec.softcap)
-
-    def scaled(score: Tensor, batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return score * factor_H[head]
-
-    def capped(score: Tensor, batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return cap_H[head] * torch.tanh(scaled(score, batch, head, i, j) / cap_H[head])
-
-    if spec.softcap:
-        return capped
-    return None if spec.scale is None else scaled
+def _capped(spec: AttentionSpec, like: Tensor) -> ScoreMod:
+    cap_H = torch.full((spec.heads,), spec.softcap, dtype=torch.promote_types(like.dtype, torch.float32))
+    cap_H = cap_H.to(like.device)  # in the precision that scores have
+    return lambda score, batch, head, i, j: cap_H[head] * torch.tanh(score / cap_H[head])
 
 
 def _listed(chosen_QN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
