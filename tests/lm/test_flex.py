@@ -220,6 +220,7 @@ def test_one_kernel_serves_micro_batches_of_all_lengths(window):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # of the compiler's own
 def test_the_compiled_form_equals_the_plain_plan():
     """Through torch's compiler to the end, which here means C++ for the CPU, and no backward pass."""
     spec, rng = replace(spec_of(40), head_dim=16, softcap=0.7, scale=0.3), np.random.default_rng(0)
