@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from dense_flex import dense_flex
+from elsewhere import DEVICE, elsewhere
 from forests import FEATURES, Alone, assert_the_law, fillers, group, plainly, tiny_decoder, tokens, tree
 from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
 
@@ -19,7 +20,6 @@ from rung.lm.mixers import attention, flex
 from rung.lm.mixers.flex import FlexPlan, preorder
 from rung.lm.mixers.packed import PackedPlan
 from rung.lm.mixers.plain import PlainPlan
-from tests.elsewhere import DEVICE, elsewhere
 
 LIKE = torch.zeros(1, dtype=torch.float64)
 

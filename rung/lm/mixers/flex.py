@@ -112,8 +112,9 @@ class FlexPlan:
             limits.append((-position_T, -first_T))
             mask_mod = and_masks(mask_mod, _near(_on(position_T, like), _on(first_T, like)))
         part_QN, full_QN = blocks(limits, BLOCK)
-        lists = [_on(part, like) for of in (part_QN, full_QN, part_QN.T, full_QN.T) for part in _listed(of)]
-        block_mask = BlockMask((len(layout), len(layout)), *lists, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=mask_mod)
+        keys, full_keys, queries, full_queries = (_listed(of, like) for of in (part_QN, full_QN, part_QN.T, full_QN.T))
+        lengths, sizes = (len(layout), len(layout)), (BLOCK, BLOCK)
+        block_mask = BlockMask(lengths, *keys, *full_keys, *queries, *full_queries, sizes, mask_mod)
         cos_T1d, sin_T1d = rotary_tables(spec, layout.position_T, like)
         return FlexPlan(spec, cos_T1d, sin_T1d, block_mask, _capped(spec, like) if spec.softcap else None, new)
 
@@ -150,9 +151,10 @@ def _capped(spec: AttentionSpec, like: Tensor) -> ScoreMod:
     return lambda score, batch, head, i, j: cap_H[head] * torch.tanh(score / cap_H[head])
 
 
-def _listed(chosen_QN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _listed(chosen_QN: np.ndarray, like: Tensor) -> tuple[Tensor, Tensor]:
     """How many are chosen of every row, and their columns, before the others, [1, 1, Q] and [1, 1, Q, N]."""
-    return chosen_QN.sum(1)[None, None], np.argsort(~chosen_QN, axis=1, kind="stable")[None, None]
+    order_QN = np.argsort(~chosen_QN, axis=1, kind="stable")
+    return _on(chosen_QN.sum(1)[None, None], like), _on(order_QN[None, None], like)
 
 
 def _on(numbers: np.ndarray, like: Tensor) -> Tensor:
