@@ -186,16 +186,42 @@ def test_a_prefill_leaves_the_rows_that_the_packed_plan_leaves():
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
-def test_on_another_device_nothing_of_the_host_is_mixed_in_and_nobody_waits():
+@pytest.mark.parametrize("plan", [FlexPlan, PackedPlan, PlainPlan])
+def test_on_another_device_nothing_of_the_host_is_mixed_in_and_nobody_waits(plan):
     rng, decoder = np.random.default_rng(2), tiny_decoder(feature="all")
     layout = random_layout(rng)
     token_T = torch.tensor(tokens(rng, len(layout)))
-    with planned_by(FlexPlan.build):
-        here_TD = decoder(token_T, layout)
+
+    def computed():
+        place = decoder.embedding.weight.device
+        hidden_TD = decoder(token_T.to(place), layout)
+        return hidden_TD, *torch.autograd.grad(hidden_TD.sin().sum(), list(decoder.parameters())[:-1])
+
+    with planned_by(plan.build):
+        here = computed()
         with elsewhere() as traffic:
-            there_TD = decoder.to(DEVICE)(token_T.to(DEVICE), layout)
-            assert (there_TD.device, traffic.down) == (DEVICE, 0)
-            torch.testing.assert_close(there_TD.cpu(), here_TD, rtol=1e-12, atol=1e-12)
+            decoder.to(DEVICE)
+            there = computed()
+            assert (there[0].device, traffic.down) == (DEVICE, 0)
+            for one, other in zip(there, here, strict=True):
+                torch.testing.assert_close(one.cpu(), other, rtol=1e-12, atol=1e-12)
+
+
+def test_on_another_device_a_chunk_finds_committed_rows_and_nobody_waits():
+    decoder = tiny_decoder()
+    spec, state, rng = decoder.blocks[0].mixer.spec, decoder.new_state(slots=2, capacity=8), np.random.default_rng(0)
+    state.place(Layout.chains([3, 4]))
+    state.commit(torch.arange(2), torch.arange(4).expand(2, -1), torch.tensor([3, 4]))
+    layout = Layout.chains([2, 1], starts=[3, 4])
+    new = state.place(layout)
+    rows = torch.from_numpy(rng.normal(size=state.rows[0].shape))
+    qkv_TE = torch.from_numpy(rng.normal(size=(3, (spec.heads + 2 * spec.kv_heads) * spec.head_dim)))
+    here_TO = PlainPlan.build(layout, spec, new, qkv_TE).attend(qkv_TE, rows.clone())
+    with elsewhere() as traffic:
+        there_TE = qkv_TE.to(DEVICE)
+        there_TO = PlainPlan.build(layout, spec, new, there_TE).attend(there_TE, rows.to(DEVICE))
+        assert traffic.down == 0
+        torch.testing.assert_close(there_TO.cpu(), here_TO, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("window", [0, 40])

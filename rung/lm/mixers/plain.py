@@ -30,13 +30,13 @@ class PlainPlan:
         cos_T1d, sin_T1d = rotary_tables(spec, layout.position_T, like)
         seen_TT = layout.ancestors_TT() & _near(layout.position_T, layout.position_T, spec.window)
         if new is None:
-            return PlainPlan(spec, cos_T1d, sin_T1d, seen_TT)
+            return PlainPlan(spec, cos_T1d, sin_T1d, seen_TT.to(like.device))
         slots = new.slot_N.unique()
         which_N, row_N = (torch.arange(new.state.capacity) < new.state.length_S[slots, None]).nonzero(as_tuple=True)
         slot_N = slots[which_N]
         old_TN = (layout.slot_T[:, None] == slot_N) & _near(layout.position_T, row_N, spec.window)
-        seen_TN = torch.cat((old_TN, seen_TT), 1)
-        return PlainPlan(spec, cos_T1d, sin_T1d, seen_TN, (slot_N, row_N), new)
+        seen_TN = torch.cat((old_TN, seen_TT), 1).to(like.device)
+        return PlainPlan(spec, cos_T1d, sin_T1d, seen_TN, (slot_N.to(like.device), row_N.to(like.device)), new)
 
     def attend(self, qkv_TE: Float[Tensor, "T E"], rows: Tensor | None) -> Float[Tensor, "T O"]:
         q_THd, k_TKd, v_TKd = rotated(qkv_TE, self.spec, self.cos_T1d, self.sin_T1d)
