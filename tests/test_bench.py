@@ -6,9 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from bench import harness, workload
+from bench import gpu, harness, workload
 from bench.harness import Options, Side, SideFailedError, Worker, compare
+from rung.lm.decoder import Decoder
+from rung.lm.weights.families import from_hugging_face
 
 ROOT = Path(__file__).parent.parent
 GIVEN = Options(model="-", repeats=3, threads=1, quick=False)
@@ -142,9 +146,38 @@ def test_the_reward_of_the_step_benches_gives_every_group_a_signal():
     assert len(set(rewards)) == len(rewards)
 
 
+def test_without_a_gpu_its_bench_says_so_and_fails(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["bench.gpu"])
+    with pytest.raises(SystemExit, match="needs a CUDA GPU") as end:
+        gpu.main()
+    assert end.value.code, "a word as the code is exit 1"
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("0.5b", 494_032_768), ("1.5b", 1_543_714_304), ("7b", 7_615_616_512)]
+)
+def test_the_shapes_of_the_gpu_bench_are_the_published_ones_on_both_sides(name, parameters):
+    """The numbers are those of the published weights: 0.49, 1.54 and 7.61 billion in the report."""
+    shape = gpu.SHAPES[name]
+    decoder = Decoder(from_hugging_face(shape, where="here"), torch.bfloat16, "meta")
+    with torch.device("meta"):
+        theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), dtype=torch.bfloat16)
+    assert decoder.footprint().parameters == theirs.num_parameters() == parameters
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_floor_of_a_step_is_its_weights_and_the_live_rows(tied):
+    decoder = Decoder(from_hugging_face(gpu.TINY | {"tie_word_embeddings": tied}, where="here"), torch.bfloat16)
+    weights = sum(p.numel() for name, p in decoder.named_parameters() if tied or name != "embedding.weight")
+    steps = [3 * (5 + k) for k in range(1, 4)]  # 3 streams, prompts of 5, 4 tokens of which the prefill makes one
+    row = 2 * 2 * 2 * 16  # layers, keys and values, heads of them, their size
+    assert gpu.floor_bytes(decoder, 3, 5, 4) == 2 * (weights + row * sum(steps) / len(steps))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name", ["planning", "sampling", "parted", "rollout", "learner", "step", "memory"])
+@pytest.mark.parametrize("name", ["planning", "sampling", "parted", "rollout", "learner", "step", "memory", "gpu"])
 def test_every_bench_runs_from_end_to_end(name):
     command = [sys.executable, "-m", f"bench.{name}", "--quick", "--threads", "1"]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -2,6 +2,7 @@
 
 step     one new token per slot: a decoding step
 packed   any forest without committed rows: the learner's batch, a prefill
+flex     the same on a GPU
 plain    anything: chunks and trees behind committed rows, mixtures
 """
 
@@ -12,13 +13,15 @@ from rung.core.records import Layout
 from rung.core.shapes import Float, Tensor
 from rung.lm.config import AttentionSpec
 from rung.lm.linear import Linear
+from rung.lm.mixers import flex
+from rung.lm.mixers.flex import FlexPlan
 from rung.lm.mixers.packed import PackedPlan
 from rung.lm.mixers.plain import PlainPlan
 from rung.lm.mixers.step import StepPlan, is_step
 from rung.lm.norm import RMSNorm
 from rung.lm.state import Placement
 
-Plan = StepPlan | PackedPlan | PlainPlan
+Plan = StepPlan | PackedPlan | FlexPlan | PlainPlan
 
 
 def choose_plan(layout: Layout, spec: AttentionSpec, new: Placement | None, like: Tensor) -> Plan:
@@ -26,7 +29,8 @@ def choose_plan(layout: Layout, spec: AttentionSpec, new: Placement | None, like
     if new is not None and is_step(new):
         return StepPlan.build(layout, spec, new, like)
     if new is None or not bool(new.state.length_S[new.slot_N].any()):
-        return PackedPlan.build(layout, spec, new, like)
+        plan = FlexPlan if flex.serves(layout, spec, like) else PackedPlan
+        return plan.build(layout, spec, new, like)
     return PlainPlan.build(layout, spec, new, like)
 
 

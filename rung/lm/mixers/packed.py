@@ -44,15 +44,20 @@ class Piece:
         return self.visible + self.count - 1
 
 
-def pieces(layout: Layout, window: int = 0) -> list[Piece]:
-    """Cut a layout into pieces; a run ends where something branches off, so that all of it is above what follows."""
-    parent_T, slot_T = layout.parent_T.numpy(), layout.slot_T.numpy()
+def runs(parent_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First tokens, and lengths.  A run ends where something branches off, so that all of it is above what follows."""
     starts_T = parent_T != np.arange(len(parent_T)) - 1
     starts_T[:1] = True
     joint_N = parent_T[starts_T & (parent_T >= 0)]
     starts_T[joint_N[joint_N + 1 < len(starts_T)] + 1] = True
     first_R = np.flatnonzero(starts_T)
-    length_R = np.diff(first_R, append=len(parent_T))
+    return first_R, np.diff(first_R, append=len(parent_T))
+
+
+def pieces(layout: Layout, window: int = 0) -> list[Piece]:
+    """Cut the runs of a layout into pieces."""
+    parent_T, slot_T = layout.parent_T.numpy(), layout.slot_T.numpy()
+    first_R, length_R = runs(parent_T)
     paths = {-1: np.empty(0, np.int64)}  # of the last token of every run: its ancestors and itself
     found = []
     for first, length in zip(first_R.tolist(), length_R.tolist(), strict=True):

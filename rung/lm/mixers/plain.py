@@ -30,25 +30,32 @@ class PlainPlan:
         cos_T1d, sin_T1d = rotary_tables(spec, layout.position_T, like)
         seen_TT = layout.ancestors_TT() & _near(layout.position_T, layout.position_T, spec.window)
         if new is None:
-            return PlainPlan(spec, cos_T1d, sin_T1d, seen_TT)
+            return PlainPlan(spec, cos_T1d, sin_T1d, seen_TT.to(like.device))
         slots = new.slot_N.unique()
         which_N, row_N = (torch.arange(new.state.capacity) < new.state.length_S[slots, None]).nonzero(as_tuple=True)
         slot_N = slots[which_N]
         old_TN = (layout.slot_T[:, None] == slot_N) & _near(layout.position_T, row_N, spec.window)
-        seen_TN = torch.cat((old_TN, seen_TT), 1)
-        return PlainPlan(spec, cos_T1d, sin_T1d, seen_TN, (slot_N, row_N), new)
+        seen_TN = torch.cat((old_TN, seen_TT), 1).to(like.device)
+        return PlainPlan(spec, cos_T1d, sin_T1d, seen_TN, (slot_N.to(like.device), row_N.to(like.device)), new)
 
     def attend(self, qkv_TE: Float[Tensor, "T E"], rows: Tensor | None) -> Float[Tensor, "T O"]:
-        heads, kv_heads = self.spec.heads, self.spec.kv_heads
-        qkv_THd = qkv_TE.unflatten(-1, (-1, self.spec.head_dim))
-        turned_THd = rotate(qkv_THd[:, : heads + kv_heads], self.cos_T1d, self.sin_T1d)
-        q_THd, k_TKd, v_TKd = turned_THd[:, :heads], turned_THd[:, heads:], qkv_THd[:, heads + kv_heads :]
+        q_THd, k_TKd, v_TKd = rotated(qkv_TE, self.spec, self.cos_T1d, self.sin_T1d)
         if rows is not None and self.old is not None and self.new is not None:
             self.new.write(rows, torch.stack((k_TKd, v_TKd), 1))
             slot_N, row_N = self.old
             k_TKd = torch.cat((rows[0, slot_N, :, row_N], k_TKd))
             v_TKd = torch.cat((rows[1, slot_N, :, row_N], v_TKd))
         return attend(q_THd, k_TKd, v_TKd, self.seen_TN, self.spec)
+
+
+def rotated(
+    qkv_TE: Float[Tensor, "T E"], spec: AttentionSpec, cos_T1d: Tensor, sin_T1d: Tensor
+) -> tuple[Float[Tensor, "T H d"], Float[Tensor, "T K d"], Float[Tensor, "T K d"]]:
+    """Queries and keys, turned, and values."""
+    qkv_THd = qkv_TE.unflatten(-1, (-1, spec.head_dim))
+    last = spec.heads + spec.kv_heads
+    turned_THd = rotate(qkv_THd[:, :last], cos_T1d, sin_T1d)
+    return turned_THd[:, : spec.heads], turned_THd[:, spec.heads :], qkv_THd[:, last:]
 
 
 def _near(query_T: Int[Tensor, "T"], key_N: Int[Tensor, "N"], window: int) -> Bool[Tensor, "T N"]:
