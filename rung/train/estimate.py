@@ -117,9 +117,8 @@ def memory(recipe: GroupRL, model: Model, prompt: int) -> dict[str, float]:
     device = device_named(recipe.device)
     weights, dtype = footprint.parameters, compute_dtype(recipe.dtype, device)
     width, on_cpu = dtype.itemsize, device.type == "cpu"
-    parts = {"libraries": LIBRARY if on_cpu else GPU_LIBRARY} | (
-        {"weights, at rest": float(width * weights)} if lora.on else {}
-    )
+    parts = {"libraries": LIBRARY if on_cpu else GPU_LIBRARY}
+    parts |= {"weights, at rest": float(width * weights)} if lora.on else {}
     parts |= {
         "adapter in fp32" if lora.on else "fp32 weights": 4.0 * learnt,
         "adapter, compute copy" if lora.on else "compute copy": float(width * learnt) if width < 4 else 0.0,
@@ -161,7 +160,7 @@ def _slots(recipe: GroupRL) -> int:
 def activations(recipe: GroupRL, model: Model) -> int:
     """Numbers that one token leaves behind in a forward pass for its backward pass: with an adapter also every A x.
 
-    With activation checkpointing the inputs of all blocks, and one block's part of the rest while it is gone through."""
+    With activation checkpointing: the inputs of all blocks, and the rest of one, while it is gone through again."""
     footprint = model.decoder.footprint()
     adapted = chosen(model.sites, recipe.lora) if recipe.lora.on else ()
     kept = footprint.activations + recipe.lora.rank * sum(len(site.parts) for site in adapted)
