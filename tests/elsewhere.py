@@ -23,6 +23,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 _setup_privateuseone_for_python_backend("elsewhere")
 DEVICE = torch.device("elsewhere", 0)
+torch.get_device_module(DEVICE).get_amp_supported_dtype = list  # recomputation asks, and no AMP is on
 WHOLE = torch.library.Library("aten", "IMPL")  # what devices have a kernel for, and PyTorch would else cut up for this
 for name in ("silu_backward", "linalg_vecdot"):
     WHOLE.impl(name, lambda *_: None, "PrivateUse1")  # never called: dispatch sees the operation before

@@ -32,7 +32,7 @@ def gradients(dtype: torch.dtype, *, again: bool, lora: bool) -> dict[str, torch
     decoder.activation_checkpointing = again
     parameters = dict(decoder.named_parameters())
     if lora:
-        parameters = Adapter(decoder, native_sites(decoder, POST_NORMS), LoRA(rank=3), seed=0).parameters
+        parameters = Adapter(decoder, native_sites(decoder, POST_NORMS), LoRA(rank=3), seed=0, dtype=dtype).parameters
         with torch.no_grad():
             for parameter in parameters.values():
                 parameter.add_(0.1)  # B is zero at the start, and A would have no gradient

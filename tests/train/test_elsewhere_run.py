@@ -1,7 +1,4 @@
-"""What a GPU will do, on a simulated second device: nothing of host and device mixes, and every bit is the CPU's.
-
-Activation checkpointing is not among it: PyTorch's stand-in for such a device has no streams, and its backward pass
-ends the process where a block is computed again."""
+"""What a GPU will do, on a simulated second device: nothing of host and device mixes, and every bit is the CPU's."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -42,9 +39,10 @@ class NoSource:
     def poll(self): ...
 
 
-def made(device: torch.device, *, dtype: torch.dtype, lora: bool) -> Trainer:
+def made(device: torch.device, *, dtype: torch.dtype, lora: bool, again: bool) -> Trainer:
     """A learner of the tiny model, or of an adapter on it, with a reference, and no source of samples."""
     decoder = tiny_decoder(dtype=dtype if lora else torch.float32).to(device)  # masters are fp32; a base rests
+    decoder.activation_checkpointing = again
     parameters, reference = dict(decoder.named_parameters()), frozen_copy(decoder)
     if lora:
         adapter = Adapter(decoder, native_sites(decoder), LoRA(rank=3), seed=0)
@@ -79,10 +77,11 @@ def learnt(device: torch.device, folder: Path, **kind):
     return masters, metrics, fingerprint(second.learner.compute)
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "checkpointed"])
 @pytest.mark.parametrize("lora", [False, True], ids=["all weights", "LoRA"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_steps_with_a_reference_checkpoints_and_a_restored_learner_have_the_cpus_bits(tmp_path, dtype, lora):
-    kind = {"dtype": dtype, "lora": lora}
+def test_steps_with_a_reference_checkpoints_and_a_restored_learner_have_the_cpus_bits(tmp_path, dtype, lora, again):
+    kind = {"dtype": dtype, "lora": lora, "again": again}
     masters, metrics, name_of_all = learnt(torch.device("cpu"), tmp_path / "here", **kind)
     with elsewhere():
         masters_there, metrics_there, name_of_all_there = learnt(DEVICE, tmp_path / "there", **kind)
@@ -146,15 +145,16 @@ def fresh_rows(state: KVState, wanted: int) -> None:
 
 KINDS = {
     "fp32": {},
-    "bf16, a reference": {"dtype": "bf16", "method": KL},
+    "bf16, a reference, checkpointed": {"dtype": "bf16", "activation_checkpointing": True, "method": KL},
     "LoRA": {"lora": LoRA(rank=4, alpha=8.0), "optim": Optim(lr=3e-2)},
+    "LoRA, its base in fewer bits than its file": {"lora": LoRA(rank=4, alpha=8.0), "dtype": "bf16"},
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_whole_run_stopped_and_resumed_ends_with_the_same_bits(folder, tmp_path, reachable, kind):
-    """Loading, self-test, sampling, learning, checkpoints, evaluations and the folder that is written.  In fp32 the bits
-    are the CPU's too; in bf16 the CPU has kernels of its own for a step of one row."""
+    """Loading, self-test, sampling, learning, checkpoints, evaluations and the folder that is written.  In fp32 the
+    bits are the CPU's too; in bf16 the CPU has kernels of its own for a step of one row."""
     here = tiny_recipe(folder, **{"num_steps": 3, "eval_every": 0, "checkpoint_every": 1} | KINDS[kind])
     there, places = replace(here, device=str(DEVICE)), [tmp_path / "whole", tmp_path / "stopped"]
     with elsewhere() as traffic:
