@@ -106,6 +106,7 @@ def test_a_micro_batch_makes_the_host_wait_for_its_scores_and_for_nothing_else()
         up = traffic.up
         (scores.logp_T.sum() + scores.entropy_T.sum()).backward()
         assert (traffic.up - up, traffic.down - down) == (2, 2)
+        assert traffic.host_indices == 0, "an index of the host would be moved anew for every use"
 
 
 @pytest.mark.parametrize("shape", [(0, 256), (1, 256), (37, 256)])
