@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help run test check slow bench clean
+.PHONY: help run test check slow gpu bench clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -42,6 +42,9 @@ check: $(VENV)/.installed-dev ## lint, format, import contracts, types, the limi
 
 slow: $(VENV)/.model ## the tests that take minutes each
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow
+
+gpu: $(VENV)/.model ## the tests that need a CUDA device; skipped where there is none
+	$(PY) -m pytest -m gpu
 
 bench: $(VENV)/.model ## every comparison with a peer, one after another; wants idle cores (QUICK=1: only shows that they run)
 	$(PY) -m bench.all $(if $(QUICK),--quick)

@@ -17,12 +17,16 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 _setup_privateuseone_for_python_backend("elsewhere")
 DEVICE = torch.device("elsewhere", 0)
+torch.get_device_module(DEVICE).get_amp_supported_dtype = list  # recomputation asks, and no AMP is on
+WHOLE = torch.library.Library("aten", "IMPL")  # what devices have a kernel for, and PyTorch would else cut up for this
+for name in ("silu_backward", "linalg_vecdot"):
+    WHOLE.impl(name, lambda *_: None, "PrivateUse1")  # never called: dispatch sees the operation before
 aten = torch.ops.aten
 CROSSINGS = {aten._to_copy.default, aten.copy_.default}
 TAKES_HOST_INDICES = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
@@ -99,6 +103,14 @@ class _FromNumbers(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if function in (torch.tensor, torch.as_tensor) and (device := kwargs.pop("device", None)) is not None:
             return function(*args, **kwargs).to(device)
+        if function is torch.Tensor.to and len(args) > 1 and isinstance(args[1], torch.Tensor):
+            args, kwargs = (
+                args[:1],
+                {"device": args[1].device, "dtype": args[1].dtype} | kwargs,
+            )  # else unseen in inference
+        if function is torch.asarray:  # safetensors' way from a file's bytes to a tensor; no mode of dispatch knows it
+            with _disable_current_modes():
+                return function(*args, **kwargs)
         return function(*args, **kwargs)
 
 

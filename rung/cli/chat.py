@@ -22,6 +22,7 @@ class Chat:
     temperature: 0 always takes the likeliest token
     seed: equal seeds and equal turns give equal answers
     dtype: auto is bf16 where the machine multiplies it fast, else fp32
+    device: cpu, cuda, or cuda:1 for the second of several GPUs
     foreign: through transformers although Rung has the model's family
     """
 
@@ -31,6 +32,7 @@ class Chat:
     temperature: float = 0.7
     seed: int = 0
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    device: str = "cpu"
     foreign: bool = False
 
 
@@ -44,7 +46,7 @@ def run(args: list[str]) -> None:
     from rung.model.generate import stream
 
     with Display() as display:
-        model = rung.load(asked.model, dtype=asked.dtype, foreign=asked.foreign, listener=display)
+        model = rung.load(asked.model, dtype=asked.dtype, device=asked.device, foreign=asked.foreign, listener=display)
     messages = [Message("system", asked.system)] if asked.system else []
     while said := _line():
         messages.append(Message("user", said))

@@ -31,6 +31,7 @@ class Eval:
     seed: chooses the problems
     grade_seconds: most seconds by the clock that the verifier may take for one answer
     dtype: auto is bf16 where the machine multiplies it fast, else fp32
+    device: cpu, cuda, or cuda:1 for the second of several GPUs
     foreign: through transformers although Rung has the model's family
     """
 
@@ -45,6 +46,7 @@ class Eval:
     seed: int = 0
     grade_seconds: float = 5.0
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    device: str = "cpu"
     foreign: bool = False
 
 
@@ -66,7 +68,7 @@ def run(args: list[str]) -> None:
     import rung
 
     with Display() as display:
-        model = rung.load(asked.model, dtype=asked.dtype, foreign=asked.foreign, listener=display)
+        model = rung.load(asked.model, dtype=asked.dtype, device=asked.device, foreign=asked.foreign, listener=display)
         found = rung.evaluate(
             model,
             task,

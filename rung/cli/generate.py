@@ -25,6 +25,7 @@ class Generate:
     min_p: draw only from tokens with at least this share of the likeliest one's probability
     seed: equal seeds give equal texts
     dtype: auto is bf16 where the machine multiplies it fast, else fp32
+    device: cpu, cuda, or cuda:1 for the second of several GPUs
     foreign: through transformers although Rung has the model's family
     """
 
@@ -38,6 +39,7 @@ class Generate:
     min_p: float = 0.0
     seed: int = 0
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    device: str = "cpu"
     foreign: bool = False
 
 
@@ -51,7 +53,7 @@ def run(args: list[str]) -> None:
 
     prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in asked.prompt]
     with Display() as display:
-        model = rung.load(asked.model, dtype=asked.dtype, foreign=asked.foreign, listener=display)
+        model = rung.load(asked.model, dtype=asked.dtype, device=asked.device, foreign=asked.foreign, listener=display)
         generations = rung.generate(
             model,
             prompts,

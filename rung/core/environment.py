@@ -19,8 +19,11 @@ LIBRARIES = ("numba", "llvmlite", "tokenizers", "jinja2")
 MAX_FACT = 200  # characters of a fact: a name or a version is short
 
 
-def environment() -> dict[str, Any]:
-    """Names and numbers of this machine and process, as they go into `environment.json`: exactly these."""
+def environment(device: str = "cpu") -> dict[str, Any]:
+    """Names and numbers of this machine and process, as they go into `environment.json`: exactly these.
+
+    device: the one that computes; where that is none of several GPUs, the first of them is named
+    """
     facts = {
         "rung": __version__,
         "noise_law": NOISE_LAW,
@@ -32,9 +35,15 @@ def environment() -> dict[str, Any]:
         "cpu": _cpu_model(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
+        "gpu": _gpu(device),
     }
     return {name: value[:MAX_FACT] if isinstance(value, str) else value for name, value in facts.items()}
+
+
+def _gpu(device: str) -> str:
+    if not torch.cuda.is_available():
+        return ""
+    return torch.cuda.get_device_name(device if device.startswith("cuda") else "cuda")
 
 
 def _cpu_model() -> str:

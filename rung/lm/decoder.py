@@ -6,6 +6,7 @@ from typing import cast
 import torch
 from torch import nn
 from torch.nn.utils import skip_init
+from torch.utils.checkpoint import checkpoint
 
 from rung.core.errors import ConfigError
 from rung.core.records import Layout
@@ -22,7 +23,10 @@ INIT_STD = 0.02  # of weights and embeddings  [GPT-2; Llama's initializer_range]
 
 
 class Decoder(nn.Module):
-    """Tokens on a flat axis to hidden states.  Parameters are uninitialised until loaded or drawn by `init_`."""
+    """Tokens on a flat axis to hidden states.  Parameters are uninitialised until loaded or drawn by `init_`.
+
+    activation_checkpointing: for the backward pass a block keeps its input alone, and is computed again there: the same
+    operations on the same numbers.  [Chen 2016]"""
 
     def __init__(
         self, config: DecoderConfig, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
@@ -38,6 +42,7 @@ class Decoder(nn.Module):
         self.unembedding = None if config.tied else Linear(config.width, config.vocab_size, False, dtype, place)
         self.kept_head = KeptBlocks()
         self.logit_softcap = config.logit_softcap
+        self.activation_checkpointing = False
 
     @torch.no_grad()
     def init_(self, generator: torch.Generator) -> "Decoder":
@@ -73,8 +78,10 @@ class Decoder(nn.Module):
             x_TD = x_TD * torch.tensor(self.config.embedding_scale, dtype=torch.float32).to(
                 x_TD
             )  # rounded as Gemma does
+        again = self.activation_checkpointing and torch.is_grad_enabled()
         for layer, block in enumerate(blocks):
-            x_TD = block(x_TD, plans[block.mixer.spec], None if state is None else state.rows[layer])
+            given = (x_TD, plans[block.mixer.spec], None if state is None else state.rows[layer])
+            x_TD = checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False) if again else block(*given)
         return self.norm(x_TD)
 
     def head(self, hidden_ND: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
@@ -118,6 +125,7 @@ class Decoder(nn.Module):
             parameters=sum(parameter.numel() for parameter in self.parameters()),
             cached=cached,
             activations=activations,
+            blocks=len(self.blocks),
             vocab_size=self.config.vocab_size,
             width=self.config.width,
         )

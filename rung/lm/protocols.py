@@ -77,12 +77,13 @@ class Footprint:
     """What a decoder holds, in numbers (not bytes).
 
     parameters: its weights; cached: what a state keeps of one token; activations: what one token leaves behind in a
-    forward pass for its backward pass; vocab_size, width: of the head
+    forward pass for its backward pass, and in how many blocks of a kind; vocab_size, width: of the head
     """
 
     parameters: int
     cached: int
     activations: int
+    blocks: int
     vocab_size: int
     width: int
 

@@ -146,6 +146,7 @@ class ForeignDecoder(nn.Module):
             parameters=sum(p.numel() for p in self.parameters()),
             cached=2 * 2 * config.num_hidden_layers * kv_heads * head_dim,  # they are handed over as a copy
             activations=3 * sum(sum(p.shape[-2:]) * (experts if p.ndim > 2 else 1) for p in matrices) // 2,
+            blocks=config.num_hidden_layers,
             vocab_size=head.shape[0],
             width=head.shape[1],
         )

@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 import torch
 
+from rung.core.device import idle_gpu, open_device
 from rung.core.errors import ConfigError, ModelError, nearest
-from rung.core.progress import Listener, silent
+from rung.core.progress import Listener, Progress, silent
 from rung.core.records import Layout
 from rung.core.shapes import Float, Int, Tensor
 from rung.core.words import Message
@@ -66,7 +67,8 @@ class Model:
     def logits(self, token_ids_BT: Int[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
         """Logits of every next token, fp32; rows are sequences of equal length that start at position 0."""
         rows, length = token_ids_BT.shape
-        hidden_ND = self.decoder.forward(token_ids_BT.reshape(-1), Layout.chains([length] * rows))
+        place = next(self.decoder.parameters()).device
+        hidden_ND = self.decoder.forward(token_ids_BT.reshape(-1).to(place), Layout.chains([length] * rows))
         return self.decoder.head(hidden_ND).float().unflatten(0, (rows, length))
 
     def save(self, folder: str | Path, weights: Mapping[str, Tensor] | None = None, change: Change = unchanged) -> Path:
@@ -92,18 +94,22 @@ def load(
     """A model by packaged name (`rung models` lists them), folder, .gguf file, or id of the Hub (`org/name@revision`);
     or a PEFT folder with a LoRA adapter, merged into the model it belongs to.
 
-    dtype: auto is bf16 where the machine multiplies it fast, else fp32; base: the adapter's model, where what it calls
-    it means nothing here; foreign: through transformers although Rung has the family (other families go that way
-    anyhow).  Raises ModelError with what to do.
+    dtype: auto is bf16 where the machine multiplies it fast, else fp32; device: cpu, cuda or cuda:1; base: the
+    adapter's model, where what it calls it means nothing here; foreign: through transformers although Rung has the
+    family (other families go that way anyhow).  Raises ModelError with what to do, ConfigError for a device that is not
+    here.
     """
-    path, name, wanted = locate(name_or_path, listener), str(name_or_path), compute_dtype(dtype, device)
+    place = open_device(str(device))
+    if idle := idle_gpu(place):
+        listener(Progress(stage="notice", text=idle))
+    path, name, wanted = locate(name_or_path, listener), str(name_or_path), compute_dtype(dtype, place)
     change: Change = unchanged
     if is_adapter(path):
         path, change = _adapted(path, base, listener)
     if foreign or not _is_native(path):
-        theirs, folder, export = load_foreign(path, dtype=wanted, device=device, listener=listener, change=change)
+        theirs, folder, export = load_foreign(path, dtype=wanted, device=place, listener=listener, change=change)
         return _foreign(theirs, folder, export, name, _text(folder.files, folder.config, path))
-    decoder, folder = load_folder(path, dtype=wanted, device=device, listener=listener, change=change)
+    decoder, folder = load_folder(path, dtype=wanted, device=place, listener=listener, change=change)
     return _native(decoder.eval(), folder, name, _text(folder.files, folder.config, path))
 
 

@@ -27,6 +27,7 @@ EVAL_FLAGS = {
     "max_length": "--max-length",
     "eval_problems": "--problems",
     "dtype": "--dtype",
+    "device": "--device",
 }
 UNTYPED = ("mixture",)  # tasks whose options `rung eval` does not know
 MAX_GROUP = 8  # samples of the group that is shown

@@ -7,7 +7,7 @@ from rung.core.progress import Listener, silent
 from rung.core.words import Message, Problem, spoken
 from rung.lm.adapters.peft import is_adapter
 from rung.lm.weights.sources import locate
-from rung.model.model import Model, outline
+from rung.model.model import Model, is_foreign, outline
 from rung.tasks.base import Split, Task, problem_at, problems, split_of, where
 from rung.tasks.load import RewardTask
 from rung.tasks.maths import Maths
@@ -64,11 +64,18 @@ def _refuse_several_turns(task: Task) -> None:
 
 
 def weightless(recipe: GroupRL, listener: Listener = silent) -> Model:
-    """The recipe's model as far as its shape and its tokenizer go; no tensor of it is read."""
+    """The recipe's model as far as its shape and its tokenizer go; no tensor of it is read.
+
+    Raises ModelError for an adapter, ConfigError where the model cannot do what the recipe asks of it."""
     path = locate(recipe.model, listener)
     if is_adapter(path):
         raise ModelError(
             f"{path} is an adapter: a run starts from a whole model, so that its reference is what it starts from. "
             'Write it first: rung.load(adapter, dtype="fp32").save(folder).'
+        )
+    if recipe.activation_checkpointing and is_foreign(recipe.model, foreign=recipe.foreign):
+        raise ConfigError(
+            f"activation_checkpointing needs a family of Rung's own, and {recipe.model} goes through transformers: "
+            "leave it off, and lower tokens_per_micro_batch where memory is short."
         )
     return outline(recipe.model, foreign=recipe.foreign, listener=listener)

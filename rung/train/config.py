@@ -115,6 +115,8 @@ class GroupRL:
     tokens_per_micro_batch: upper bound on the flat token axis of one forward and backward pass
     share_prompts:   what prompts have in common is computed once in the learner too
     dtype:           auto is bf16 where the machine multiplies it fast, else fp32
+    device:          cpu, cuda, or cuda:1 for the second of several GPUs; not yet run on a GPU
+    activation_checkpointing: a layer keeps its input alone for the backward pass, and is computed again there
     eval_problems:   held-out problems answered greedily before the first step and after the last
     eval_every, validation_problems: steps between looks at a third set of problems; the best one's checkpoint is kept
     checkpoint_every: steps between checkpoints; a step whose validation problems were answered is saved too
@@ -144,6 +146,8 @@ class GroupRL:
     tokens_per_micro_batch: int = 2048
     share_prompts: bool = True
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    device: str = "cpu"
+    activation_checkpointing: bool = False
     eval_problems: int = 500
     eval_every: int = 0
     validation_problems: int = 128

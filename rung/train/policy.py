@@ -16,22 +16,25 @@ from rung.train.data import inputs
 
 @dataclass(frozen=True, eq=False)
 class LanguagePolicy:
-    """Meets `rung.core.records.Policy`: the decoder runs once over the batch, the head on trainable rows only."""
+    """Meets `rung.core.records.Policy`: the decoder runs once over the batch, the head on trainable rows only.
+
+    Batches and scores are of the host, wherever the decoder is; gradients find the way back."""
 
     decoder: Decoder
     temperature: float = 1.0
 
     def scores(self, batch: PackedBatch) -> TokenScores:
         tokens_N, layout, row_T = inputs(batch)
-        hidden_ND = self.decoder.forward(tokens_N, layout)
-        wanted_T = batch.trainable_T
+        wanted_T, device = batch.trainable_T, next(self.decoder.parameters()).device
+        hidden_ND = self.decoder.forward(tokens_N.to(device), layout)
         logp_M, entropy_M = token_logprobs(
-            hidden_ND[row_T[wanted_T]],
+            hidden_ND[row_T[wanted_T].to(device)],
             self.decoder.head_weight(),
-            batch.tokens_T[wanted_T],
+            batch.tokens_T[wanted_T].to(device),
             temperature=self.temperature,
             softcap=self.decoder.logit_softcap,
         )
+        logp_M, entropy_M = logp_M.cpu(), entropy_M.cpu()  # the one wait of a micro-batch's forward pass
         zeros_T = torch.zeros(len(wanted_T), dtype=logp_M.dtype)
         where = wanted_T.nonzero(as_tuple=True)
         return TokenScores(logp_T=zeros_T.index_put(where, logp_M), entropy_T=zeros_T.index_put(where, entropy_M))

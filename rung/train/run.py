@@ -16,6 +16,7 @@ from typing import Any
 
 from rung.core.checkpoint import Checkpoint, load_newest, save
 from rung.core.config import diff
+from rung.core.device import open_device
 from rung.core.environment import LIBRARIES, environment
 from rung.core.errors import NonFiniteError, RunError, TaskError
 from rung.core.progress import Listener, Progress, silent
@@ -78,6 +79,7 @@ def train(
                 "with that one; choose another --name for this one."
             )
         return resume(folder, listener=listener)
+    open_device(recipe.device)
     use_threads(recipe.threads)
     check_problems(recipe, load_task(recipe.task.name, recipe.task.options), listener)
     refuse_too_large(recipe, listener)
@@ -95,6 +97,7 @@ def resume(folder: str | Path, *, listener: Listener = silent, allow_changed: bo
     if (finished := _summary(run, recipe)) is not None:
         return Run(folder=run.folder, summary=finished)
     check_recipe(recipe)
+    open_device(recipe.device)
     use_threads(recipe.threads)
     before, now = run.environment(), _place(recipe)
     changed = [
@@ -123,7 +126,7 @@ def _place(recipe: GroupRL) -> dict[str, Any]:
     Also how well the grading child is confined here, for the record.
     """
     task = recipe.task.name, recipe.task.options
-    place = environment() | {"task_source": source_hash(*task), "grading": isolation(recipe.grading)}
+    place = environment(recipe.device) | {"task_source": source_hash(*task), "grading": isolation(recipe.grading)}
     if needed := packages(*task):
         place["task_packages"] = {name: _version(name) for name in needed}
     if is_foreign(recipe.model, foreign=recipe.foreign):

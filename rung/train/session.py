@@ -10,18 +10,20 @@ from typing import cast
 
 import torch
 
+from rung.core.device import device_named
 from rung.core.errors import ConfigError, RungError
 from rung.core.journal import GradeJournal
 from rung.core.keys import derive_key, signed, splitmix64
 from rung.core.progress import Listener, Progress
 from rung.core.records import GroupRequest, Sampling
 from rung.core.rundir import RunDir
-from rung.core.shapes import Tensor
+from rung.core.shapes import Int, Tensor
 from rung.engine.engine import Engine
 from rung.engine.types import WeightsRef
 from rung.lm.adapters.lora import Adapter, BaseDecoder
 from rung.lm.adapters.peft import save_adapter
 from rung.lm.adapters.spec import LoRA
+from rung.lm.decoder import Decoder as OwnDecoder
 from rung.lm.linear import PACK_AFTER
 from rung.lm.protocols import Decoder
 from rung.model.model import Model, compute_dtype, load
@@ -85,6 +87,7 @@ def check_recipe(recipe: GroupRL) -> None:
         raise ConfigError("lora has settings and lora.rank is 0, which is no adapter: set lora.rank (16, say).")
     if recipe.max_length < 0:
         raise ConfigError(f"max_length must be 0 (all of the model's positions) or more, not {recipe.max_length}.")
+    device_named(recipe.device)
     if recipe.optim.lr < 0 or recipe.optim.grad_clip <= 0:
         raise ConfigError("optim.lr cannot be negative, and optim.grad_clip must be positive.")
     check_method(
@@ -113,14 +116,17 @@ def open_session(recipe: GroupRL, run: RunDir, since: int, phase: "PhaseLog", li
         task = load_task(recipe.task.name, recipe.task.options)
         grader = stack.enter_context(Grader(recipe.task.name, recipe.task.options, recipe.grading))
         start = recipe.dtype if recipe.lora.on else "fp32"
-        model = load(recipe.model, dtype=start, foreign=recipe.foreign, listener=listener)
+        model = load(recipe.model, dtype=start, device=recipe.device, foreign=recipe.foreign, listener=listener)
+        if isinstance(model.decoder, OwnDecoder):  # with another one `weightless` has refused it
+            model.decoder.activation_checkpointing = recipe.activation_checkpointing
         adapter = adapter_of(model, recipe) if recipe.lora.on else None
         sampling = Sampling(
             max_tokens=recipe.max_tokens, temperature=recipe.temperature, stop_ids=model.tokenizer.eos_ids
         )
         parameters = dict(model.decoder.named_parameters()) if adapter is None else adapter.parameters
         updates = recipe.num_steps * recipe.updates_per_rollout
-        learner = Learner(parameters, recipe.optim, num_steps=updates, dtype=compute_dtype(recipe.dtype))
+        dtype = compute_dtype(recipe.dtype, recipe.device)
+        learner = Learner(parameters, recipe.optim, num_steps=updates, dtype=dtype)
         reference = reference_of(model.decoder, adapter) if needs_reference(recipe.method) else None
         engine = Engine(model.decoder, slots=recipe.slots, max_positions=model.decoder.max_positions)
         journal = GradeJournal(run, since=since)
@@ -219,18 +225,24 @@ class PhaseLog:
 def fingerprint(parameters: Mapping[str, Tensor]) -> str:
     """A hash of weights, names and order: changed by any single value, and by values that change places.
 
-    Within a row of 64-bit words: a sum over odd numbers times the words, modulo 2^64.  Over rows and the rest: blake2b.
+    Within a row of 64-bit words: a sum over odd numbers times the words, modulo 2^64, on the device that holds them.
+    Over rows and the rest: blake2b.
     """
     odd_C = torch.tensor([signed(splitmix64(0, i) | 1) for i in range(FINGERPRINT_WORDS)])
     digest = hashlib.blake2b(digest_size=8)
     for name, parameter in parameters.items():
-        bytes_N = parameter.detach().cpu().flatten().view(torch.uint8)
+        bytes_N = parameter.detach().flatten().view(torch.uint8)
         whole = len(bytes_N) // (8 * FINGERPRINT_WORDS) * 8 * FINGERPRINT_WORDS
         words_RC = bytes_N[:whole].view(torch.int64).unflatten(0, (-1, FINGERPRINT_WORDS))
         digest.update(f"{name}\n{len(bytes_N)}\n".encode())
-        digest.update((words_RC @ odd_C).numpy().data)
-        digest.update(bytes_N[whole:].numpy().data)
+        digest.update(row_sums(words_RC, odd_C.to(words_RC.device)).cpu().numpy().data)
+        digest.update(bytes_N[whole:].cpu().numpy().data)
     return digest.hexdigest()
+
+
+def row_sums(words_RC: Int[Tensor, "R C"], factor_C: Int[Tensor, "C"]) -> Int[Tensor, "R"]:
+    """words @ factor, modulo 2^64; a GPU has no matrix product of integers."""
+    return words_RC @ factor_C if words_RC.device.type == "cpu" else (words_RC * factor_C).sum(1)
 
 
 @torch.no_grad()

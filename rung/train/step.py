@@ -119,10 +119,11 @@ class Learner:
         self.num_updates = num_updates
         self.adamw.state.clear()
         for name, first in files["adam_m"].items():
-            self.adamw.state[self.masters[name]] = {
-                "step": torch.tensor(float(num_updates)),
-                "exp_avg": first.clone(),
-                "exp_avg_sq": files["adam_v"][name].clone(),
+            master = self.masters[name]
+            self.adamw.state[master] = {
+                "step": torch.tensor(float(num_updates), device=master.device),
+                "exp_avg": first.to(master.device, copy=True),
+                "exp_avg_sq": files["adam_v"][name].to(master.device, copy=True),
             }
 
     def learning_rate(self, update: int) -> float:

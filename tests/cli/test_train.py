@@ -358,7 +358,8 @@ def test_a_reward_without_data_and_data_beside_another_task_are_refused(here):
 
 
 @pytest.mark.parametrize(
-    "words", ["chain_sum", "working", "grpo --data d.jsonl", "gpu_jsonl --model smollm2-135m --data d.jsonl"]
+    "words",
+    ["chain_sum", "working", "grpo --data d.jsonl", "gpu_jsonl --model smollm2-135m --data d.jsonl --device cpu"],
 )
 def test_every_recipe_says_what_it_will_cost(words, here, capsys):
     pytest.importorskip("reasoning_gym")

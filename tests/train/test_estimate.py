@@ -6,14 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from elsewhere import DEVICE, elsewhere
 from train.tiny import tiny_decoder, tiny_recipe
 
 import rung
+from rung.core import device as devices
 from rung.core.errors import ConfigError
 from rung.core.records import GroupRequest, Layout, Sampling
 from rung.core.rundir import create, open_run
 from rung.engine.engine import Engine
+from rung.lm.adapters.spec import LoRA
 from rung.lm.decoder import Decoder
+from rung.objectives.logprobs import CHUNK_ROWS
 from rung.tasks.load import load_task
 from rung.train import estimate as estimates
 from rung.train.config import Method, TaskSpec
@@ -74,6 +78,53 @@ def test_activations_are_what_autograd_keeps(block):
 
     a_token = (kept(80) - kept(40)) / 40
     assert a_token == 4 * decoder.footprint().activations + 4 * config.width + 8
+
+
+def test_with_activation_checkpointing_the_count_is_every_input_and_one_block_of_the_rest(folder):
+    """The tiny model has two blocks of width 24; of what a token leaves behind, each holds half."""
+    model, plain = rung.load(folder), tiny_recipe(folder)
+    again = replace(plain, activation_checkpointing=True)
+    assert estimates.activations(again, model) == 2 * 24 + model.decoder.footprint().activations / 2
+    lora = LoRA(rank=3)
+    more = estimates.activations(replace(plain, lora=lora), model) - estimates.activations(plain, model)
+    less = estimates.activations(replace(again, lora=lora), model) - estimates.activations(again, model)
+    assert more == 2 * less > 0
+    fixed = [estimates.duration(recipe, model, 1.0, 10.0) for recipe in (plain, again)]
+    packed = plain.num_steps * (4 * 10 + 16 * 5)  # the forward pass of all tokens that are learnt from, once more
+    weights = model.decoder.footprint().parameters
+    assert math.isclose((fixed[1] - fixed[0]) * estimates.EFFICIENCY, 2 * weights * packed)
+
+
+def test_a_gpu_has_its_own_free_memory_rate_libraries_and_copies_of_the_logits(folder, monkeypatch):
+    """What torch says of a GPU is replaced; the products are computed here."""
+    monkeypatch.setitem(devices.LACKS, "cuda", lambda device: "")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3e9, 8e9))
+    monkeypatch.setattr(estimates, "multiply_rate", lambda dtype, device: {"cuda": 1e12, "cpu": 1e11}[device.type])
+    here, there = (tiny_recipe(folder, device=device, dtype="bf16") for device in ("cpu", "cuda"))
+    found = {recipe.device: rung.estimate(recipe) for recipe in (here, there)}
+    assert found["cpu"].seconds == pytest.approx(10 * found["cuda"].seconds)
+    assert "3.0 GB free" in found["cuda"].lines[-2]
+    copies = 2 * 4 * 258 * CHUNK_ROWS  # of a chunk of logits, both in fp32
+    libraries = estimates.GPU_LIBRARY - estimates.LIBRARY
+    assert found["cuda"].bytes - found["cpu"].bytes == pytest.approx(copies + libraries)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1e6, 8e9))
+    with pytest.raises(ConfigError, match=r"0\.0 GB are free"):
+        rung.train(there, folder=folder.parent / "never")
+
+
+def test_the_rate_of_a_device_is_that_of_the_products_it_has_finished(monkeypatch):
+    monkeypatch.setattr(estimates, "GPU_RATE_SIZE", (8, 8, 8))
+    with elsewhere() as traffic:
+        assert 0 < estimates.multiply_rate(torch.float32, DEVICE) < math.inf
+        assert traffic.down == 2, "before the clock starts, and before it is read"
+
+
+def test_a_device_that_is_not_here_makes_time_unknown_and_memory_counted(folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = rung.estimate(tiny_recipe(folder, device="cuda:1"))
+    assert math.isnan(found.seconds)
+    assert found.bytes > 0
+    assert "device cuda:1 needs CUDA" in found.lines[-1]
 
 
 def test_an_estimate_grows_with_what_is_asked(folder):

@@ -166,6 +166,16 @@ def test_an_adapter_that_no_layer_can_take_is_refused_before_the_run(gpt2, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+def test_activation_checkpointing_of_a_foreign_model_is_refused_before_the_run(llama, tmp_path):
+    """Of the same model as one of ours it is not."""
+    recipe = tiny_recipe(llama, foreign=True, activation_checkpointing=True, num_steps=1)
+    for asked in (lambda: rung.train(recipe, folder=tmp_path / "run"), lambda: rung.estimate(recipe)):
+        with pytest.raises(ConfigError, match="activation_checkpointing needs a family of Rung's own"):
+            asked()
+    assert not (tmp_path / "run").exists()
+    assert rung.estimate(replace(recipe, foreign=False)).bytes > 0
+
+
 def test_a_run_in_bf16_keeps_masters_and_follows_them(gpt2, tmp_path):
     recipe = tiny_recipe(gpt2, dtype="bf16", num_steps=2, eval_every=0, optim=Optim(lr=3e-2))
     run = rung.train(recipe, folder=tmp_path / "run")

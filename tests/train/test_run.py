@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from train.tiny import tiny_decoder, tiny_recipe
+from train.tiny import tiny_decoder, tiny_recipe, weights_of
 
 import rung
 from rung.core.errors import ConfigError, NonFiniteError, RunError, RungError
@@ -15,6 +15,7 @@ from rung.core.words import Grade, Problem
 from rung.engine.engine import Engine
 from rung.engine.types import WeightsRef
 from rung.lm import linear
+from rung.lm.block import Block
 from rung.report import page
 from rung.train import session as sessions
 from rung.train.config import METHODS, Optim, TaskSpec
@@ -143,6 +144,7 @@ def test_sampling_that_the_learner_does_not_score_is_refused_by_name(folder, tmp
         ({"samples_per_prompt": 1}, "samples_per_prompt must be 2 or more"),
         ({"tokens_per_micro_batch": 10**9}, "needs about .* are free"),
         ({"task": TaskSpec(name="arithmetick")}, "arithmetic"),
+        ({"device": "gpu"}, "no device 'gpu': needed cpu, cuda, or cuda:1"),
     ],
 )
 def test_a_recipe_that_cannot_run_is_refused_before_anything_is_made(folder, tmp_path, changes, message):
@@ -226,3 +228,29 @@ def test_samples_of_other_weights_are_refused():
     for other in (WeightsRef(version=4, hash="a"), WeightsRef(version=3, hash="b")):
         with pytest.raises(RunError, match="must sample with the weights"):
             refuse_stale([group], other)
+
+
+def test_a_run_with_activation_checkpointing_has_the_bits_of_one_without(folder, tmp_path, monkeypatch):
+    """Every block of a learner's pass is computed twice, so it was really on."""
+    calls, forward = [0, 0], Block.forward
+
+    def counted(self, *given):
+        calls[torch.is_grad_enabled()] += 1
+        return forward(self, *given)
+
+    monkeypatch.setattr(Block, "forward", counted)
+    rung.train(tiny_recipe(folder, num_steps=1, eval_every=0), folder=tmp_path / "kept")
+    without, calls[1] = calls[1], 0
+    recipe = tiny_recipe(folder, num_steps=1, eval_every=0, activation_checkpointing=True)
+    run = rung.train(recipe, folder=tmp_path / "again")
+    assert calls[1] == 2 * without > 0
+    assert weights_of(run.folder) == weights_of(tmp_path / "kept")
+
+
+def test_who_loads_a_model_beside_an_idle_gpu_is_told(folder, monkeypatch):
+    said: list[str] = []
+    for there in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        rung.load(folder, listener=lambda news: said.append(news.text))
+    (told,) = filter(None, said)
+    assert "the model is on the CPU: --device cuda" in told

@@ -161,7 +161,7 @@ def _write(aside: Path, folder: Folder, theirs: Mapping[str, Tensor], change: Ch
         if held.dtype != dtype and file is not None and file.is_file():
             ((_, read),) = tensors(file, [entry.name])
             if read.shape == held.shape and torch.equal(read.to(held.dtype), held.cpu()):
-                held = read
+                held = read.to(held.device)
         return change(entry.name, held).to(dtype)
 
     file_of = {entry.name: shard.file for shard in folder.shards for entry in shard.entries}
@@ -198,7 +198,7 @@ def _fill(
     extra = [shard.file for shard in shards for entry in shard.entries if entry.name == "lm_head.weight" not in place]
     for file in extra:  # tied by the config and yet written: the two must agree
         for name, value in tensors(path / file, ["lm_head.weight"]):
-            if not torch.equal(change(name, value).to(decoder.head_weight().dtype), decoder.head_weight().data):
+            if not torch.equal(change(name, value).to(decoder.head_weight().dtype), decoder.head_weight().data.cpu()):
                 raise ModelError(
                     f"{path}: config.json ties the head to the embedding, but lm_head.weight differs from "
                     'model.embed_tokens.weight. Set "tie_word_embeddings": false if the head is the file\'s own.'
