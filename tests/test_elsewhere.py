@@ -4,9 +4,8 @@ import copy
 
 import pytest
 import torch
-from torch import nn
-
 from elsewhere import DEVICE, elsewhere
+from torch import nn
 
 
 def test_an_operation_gives_the_cpus_values_and_stays_on_the_device():

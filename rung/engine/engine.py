@@ -133,7 +133,11 @@ class Engine:
         start = perf_counter()
         drawn = self.runner.decode([row.tokens[-1] for row in rows], [row.position - 1 for row in rows], laws)
         cost = EngineStats(
-            seconds_decode=perf_counter() - start, sampled_tokens=len(rows), steps=1, row_steps=len(rows)
+            seconds_decode=perf_counter() - start,
+            sampled_tokens=len(rows),
+            steps=1,
+            row_steps=len(rows),
+            context_steps=sum(row.position for row in rows),
         )
         return [row.take(one) for row, one in zip(rows, drawn, strict=True)], cost
 

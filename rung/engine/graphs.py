@@ -17,7 +17,7 @@ A recording knows addresses: of the state, whose rows are settled, and of the we
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -34,6 +34,7 @@ Drawn = tuple[int, float, float, float]  # token, logp_sampled, logp_raw, gap
 Step = Callable[[], Tensor]
 
 
+@runtime_checkable
 class Recorder(Protocol):
     """Makes a step cheap to repeat."""
 
@@ -47,11 +48,12 @@ class CudaGraphs:
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._pool = device, torch.cuda.graph_pool_handle()
+        self._aside = torch.cuda.Stream(device)  # one: libraries keep a workspace for every stream
 
     def record(self, step: Step) -> Step:
-        """Runs it WARM_UP times, after which a replay writes the same again, then records it.  [PyTorch: CUDA semantics]"""
+        """Runs it WARM_UP times (a replay then writes the same again), and records it.  [PyTorch: CUDA semantics]"""
         with torch.cuda.device(self._device), _plain_kernels():
-            here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+            here, aside = torch.cuda.current_stream(), self._aside
             aside.wait_stream(here)
             with torch.cuda.stream(aside):
                 for _ in range(WARM_UP):

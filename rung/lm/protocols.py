@@ -72,6 +72,7 @@ class Decoder(Protocol):
         """An empty state in the compute dtype."""
 
 
+@runtime_checkable
 class StaticStep(Protocol):
     """Hidden states of one new token for each of the slots 0 .. R - 1; the same operations on the same tensors whatever
     the numbers in them are, and no question to the device: what CUDA can record."""
@@ -83,6 +84,7 @@ class StaticStep(Protocol):
         how many of each slot are read, more than any position."""
 
 
+@runtime_checkable
 class SettledState(State, Protocol):
     """A state whose rows stay where they are, and are finite as long as what was computed is."""
 
