@@ -5,8 +5,9 @@
         x + torch.ones(3)            # raises RuntimeError, as on a machine with two devices
         x.tolist()                   # traffic.down == 1: a host that waits for its device
 
-So code for a GPU runs in ordinary tests: what crosses between host and device, how often, and with which results (bit
-for bit those of the CPU, whose operations these are).  What it cannot show: kernels, streams, graphs, speed.
+So code for a GPU runs in ordinary tests: what crosses between host and device, how often, and with which results (the
+CPU's, but for the order of some sums: PyTorch composes a few operations differently for other devices).  What it
+cannot show: kernels, streams, graphs, speed.
 """
 
 from collections.abc import Iterator
