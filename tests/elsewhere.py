@@ -89,6 +89,10 @@ class _Device(TorchDispatchMode):
         self.traffic = traffic
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with self:  # in inference mode `to` and others of many parts come as they are
+            parts = function.decompose(*args, **(kwargs or {}))
+        if parts is not NotImplemented:
+            return parts
         return _compute(function, args, kwargs or {}, self.traffic)
 
 
