@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from elsewhere import DEVICE, elsewhere
 from lm import forests
 from test_engine_on_a_decoder import tiny_decoder
 
@@ -20,7 +21,6 @@ from rung.engine.graphs import CudaGraphs, context_bucket
 from rung.lm.adapters.lora import Adapter, native_sites
 from rung.lm.adapters.spec import LoRA
 from rung.lm.decoder import Decoder
-from tests.elsewhere import DEVICE, elsewhere
 
 CLOSE = 2e-6  # of log-probabilities: `draw` computes them in fp32, from logits that agree to 1e-12
 

@@ -87,7 +87,7 @@ def test_a_steady_step_waits_for_the_device_once():
 
     def decode(*args):
         torch.cuda.set_sync_debug_mode("warn")
-        with pytest.warns(UserWarning) as told:
+        with pytest.warns(UserWarning, match="synchronizing") as told:
             out = plain_decode(*args)
         torch.cuda.set_sync_debug_mode("default")
         waits.append(sum("synchronizing" in str(warning.message) for warning in told))
