@@ -182,7 +182,7 @@ def test_a_step_moves_one_tensor_up_and_one_down():
     """On the simulated device, with the same tokens as on the host; laws go up when the set of samples changes."""
     asked = [GroupRequest(prompt_ids=(1, 2, 3), keys=(1, 2, 3), sampling=Sampling(max_tokens=9))]
     wanted = drawn(Engine(tiny_decoder(), recorder=Again()), asked)
-    with elsewhere() as traffic, torch.inference_mode():  # the simulated device cannot go in and out of it
+    with elsewhere() as traffic:
         decoder = tiny_decoder().to(DEVICE)
         engine, seen = Engine(decoder, recorder=Again()), []
         plain_decode = engine.runner.decode
@@ -195,7 +195,8 @@ def test_a_step_moves_one_tensor_up_and_one_down():
             return out
 
         engine.runner.decode = decode
-        assert drawn(engine, asked) == wanted
+        with torch.inference_mode():  # the simulated device cannot go in and out of it
+            assert drawn(engine, asked) == wanted
         assert len(seen) == 8
         assert set(seen[1:]) == {(1, 1, 0)}
         assert traffic.host_indices == 0  # of prompts and copies neither
@@ -204,12 +205,13 @@ def test_a_step_moves_one_tensor_up_and_one_down():
 def test_the_transfers_of_a_prompt_do_not_grow_with_the_layers():
     def traffic_of(layers: int) -> tuple[int, int, int]:
         config = tiny_decoder().config
-        with elsewhere() as traffic, torch.inference_mode():
+        with elsewhere() as traffic:
             deep = Decoder(type(config)(**vars(config) | {"blocks": config.blocks[:1] * layers}))
             deep = deep.init_(torch.Generator().manual_seed(0)).to(DEVICE)
             engine = Engine(deep, recorder=Again())
             before = (traffic.up, traffic.down, traffic.host_indices)
-            engine.run([GroupRequest(prompt_ids=(1, 2, 3), keys=(1, 2), sampling=Sampling(max_tokens=2))])
+            with torch.inference_mode():
+                engine.run([GroupRequest(prompt_ids=(1, 2, 3), keys=(1, 2), sampling=Sampling(max_tokens=2))])
             after = (traffic.up, traffic.down, traffic.host_indices)
         return tuple(b - a for a, b in zip(before, after, strict=True))
 
