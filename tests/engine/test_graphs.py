@@ -166,16 +166,19 @@ def test_weights_changed_in_place_change_the_next_sample_without_a_new_recording
 
 def test_what_was_not_finite_once_is_gone_when_the_weights_are_mended():
     """A recorded step reads dead rows; NaN among them would reach the next sample of the slot."""
-    decoder, asked = tiny_decoder().double(), motley(300)
-    engine = Engine(decoder, slots=8, recorder=Again())
-    before, row = drawn(engine, asked), decoder.blocks[0].mixer.qkv.weight[0]
+    decoder = tiny_decoder().double()
+    long, short = ([GroupRequest(prompt_ids=(5,) * n, keys=(1, 2), sampling=Sampling(max_tokens=9))] for n in (30, 2))
+    recorder = Again()
+    engine = Engine(decoder, slots=8, recorder=recorder)
+    before, row = drawn(engine, short), decoder.blocks[0].mixer.qkv.weight[-1]
+    kept, last = row.detach().clone(), recorder.replays + 3
     with torch.no_grad():
-        kept = row.clone()
-        row.fill_(torch.nan)
+        recorder.before = lambda: row.fill_(torch.nan if recorder.replays == last else 0)
         with pytest.raises(NonFiniteError):
-            engine.run(asked)
+            engine.run(long)
+        recorder.before = lambda: None
         row.copy_(kept)
-    assert drawn(engine, asked) == before
+    assert drawn(engine, short) == before
 
 
 def test_a_step_moves_one_tensor_up_and_one_down():
