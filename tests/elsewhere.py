@@ -29,6 +29,7 @@ for name in ("silu_backward", "linalg_vecdot"):
     WHOLE.impl(name, lambda *_: None, "PrivateUse1")  # never called: dispatch sees the operation before
 aten = torch.ops.aten
 CROSSINGS = {aten._to_copy.default, aten.copy_.default}
+MOVES = {getattr(aten.to, name) for name in aten.to.overloads()}  # in inference mode not yet taken apart
 TAKES_HOST_INDICES = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 WAITS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default, aten.masked_select.default}
 WAITS |= {aten._unique2.default, aten.unique_dim.default, aten.unique_consecutive.default}
@@ -93,6 +94,9 @@ class _Device(TorchDispatchMode):
         self.traffic = traffic
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in MOVES:
+            with self:
+                return function.decompose(*args, **(kwargs or {}))
         return _compute(function, args, kwargs or {}, self.traffic)
 
 

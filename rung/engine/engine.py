@@ -16,7 +16,8 @@ import torch
 from rung.core.errors import NonFiniteError, RequestError
 from rung.core.records import Completion, GroupRequest
 from rung.core.words import Stop
-from rung.engine.runner import Drawn, Runner
+from rung.engine.graphs import Drawn, Recorder
+from rung.engine.runner import Runner
 from rung.engine.sampling import Laws
 from rung.engine.scheduler import Scheduler, Seat, prompt_slots
 from rung.engine.types import EngineStats, Event, WeightsRef
@@ -31,13 +32,21 @@ class Engine:
     The key-value state is allocated by the first call and kept; a call that needs more slots or rows replaces it.
     The decoder's parameters are read where they are: change them in place, and the next call draws from the new ones.
     max_positions: the longest prompt plus completion that may be asked for (None: no limit).
+    recorder: of decoding steps; None is CUDA's graphs where the decoder lies on such a device, and else no recording.
     """
 
-    def __init__(self, decoder: Decoder, *, slots: int = 64, max_positions: int | None = None) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        slots: int = 64,
+        max_positions: int | None = None,
+        recorder: Recorder | None = None,
+    ) -> None:
         if slots < 1:
             raise RequestError(f"an engine needs at least one slot; slots={slots} came. Give the largest batch wanted.")
         self.slots, self.max_positions = slots, max_positions
-        self.runner = Runner(decoder)
+        self.runner = Runner(decoder, recorder)
         self._vocabulary = decoder.head_weight().shape[0]
         self._serving = False
 
@@ -81,7 +90,7 @@ class Engine:
         self._serving = True
         try:
             rows = max((len(r.prompt_ids) + r.sampling.max_tokens - 1 for r in requests), default=0)
-            self.runner.reserve(slots + min(prompt_slots(slots), len(requests)), rows)
+            self.runner.reserve(slots, min(prompt_slots(slots), len(requests)), rows)
             while True:
                 self.runner.copy(schedule.fill())
                 if prompts := schedule.prompts():
@@ -99,6 +108,9 @@ class Engine:
                     schedule.retire(slot for slot, sample in enumerate(decoding) if sample.done)
                 stats += cost
                 yield from events
+        except NonFiniteError:
+            self.runner.forget()
+            raise
         finally:
             self._serving = False
 
@@ -121,7 +133,11 @@ class Engine:
         start = perf_counter()
         drawn = self.runner.decode([row.tokens[-1] for row in rows], [row.position - 1 for row in rows], laws)
         cost = EngineStats(
-            seconds_decode=perf_counter() - start, sampled_tokens=len(rows), steps=1, row_steps=len(rows)
+            seconds_decode=perf_counter() - start,
+            sampled_tokens=len(rows),
+            steps=1,
+            row_steps=len(rows),
+            context_steps=sum(row.position for row in rows),
         )
         return [row.take(one) for row, one in zip(rows, drawn, strict=True)], cost
 

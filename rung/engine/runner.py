@@ -1,45 +1,60 @@
 """The tensors of one engine: builds layouts, runs the decoder, draws tokens.
 
 Shapes are rounded up to buckets, so that kernels are prepared once and a row's arithmetic seldom depends on how many
-rows are around it.  Filler rows are computed and ignored.
+rows are around it.  Filler rows are computed and ignored.  Where steps can be recorded, `graphs.py` makes them.
 """
 
-from collections.abc import Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
+from typing import Any
 
 import torch
 
 from rung.core.records import FILLER, ROOT, Layout
 from rung.core.shapes import Float, Int, Tensor
+from rung.engine.graphs import CudaGraphs, Drawn, Recorder, StaticSteps, drawn, round_up, row_bucket
 from rung.engine.sampling import Laws, draw
 from rung.engine.scheduler import Copy
-from rung.lm.protocols import Decoder, State
+from rung.lm.protocols import Decoder, State, StaticDecoder
 
-ROW_BUCKETS = (1, 8, 16, 32, 64, 128)  # rows of one decoding step; beyond the last, its multiples
 TOKEN_BUCKET = 64  # prompt tokens of one forward, and rows of a slot, are multiples of this
-
-Drawn = tuple[int, float, float, float]  # token, logp_sampled, logp_raw, gap
 
 
 class Runner:
-    """Owns the state.  Reads the decoder's parameters in place: updating them changes the next draw."""
+    """Owns the state.  Reads the decoder's parameters in place: updating them changes the next draw.
 
-    def __init__(self, decoder: Decoder) -> None:
+    recorder: of decoding steps; None on a CUDA device: its graphs.  A decoder without a static step needs none."""
+
+    def __init__(self, decoder: Decoder, recorder: Recorder | None = None) -> None:
         self.decoder = decoder
         self.device = decoder.head_weight().device
         self.state: State | None = None
         self._rows = 0  # slots that the last step decoded
+        if recorder is None and self.device.type == "cuda":
+            recorder = CudaGraphs(self.device)
+        self._record: Callable[[Any], StaticSteps] | None = None
+        if recorder is not None and isinstance(decoder, StaticDecoder):
+            self._record = partial(StaticSteps, decoder, recorder)
+        self._steps: StaticSteps | None = None  # on this very state
 
     @torch.inference_mode()
-    def reserve(self, slots: int, rows: int) -> None:
-        """Have an empty state of at least so many slots of so many rows; allocates only where the last is too small."""
-        old = self.state
+    def reserve(self, active: int, prompts: int, rows: int) -> None:
+        """Have an empty state of so many slots to decode in, and behind them to compute prompts in, of so many rows at
+        least; allocates only where the last is too small."""
+        old, slots = self.state, active + prompts
+        if self._record is not None:
+            slots = max(slots, row_bucket(active)) + 1  # the last one is the fillers'
         if old is None or slots > old.slots or rows > old.capacity:
             size = (slots, rows) if old is None else (max(slots, old.slots), max(rows, old.capacity))
-            old = self.state = None  # its memory goes first
-            self.state = self.decoder.new_state(size[0], _round_up(size[1], TOKEN_BUCKET))
+            old = self.state = self._steps = None  # its memory goes first
+            self.state = self.decoder.new_state(size[0], round_up(size[1], TOKEN_BUCKET))
+            self._steps = None if self._record is None else self._record(self.state)
         self._state.free(torch.arange(self._state.slots))
         self._rows = 0
+
+    def forget(self) -> None:
+        """Drop the state: what is not finite came from it or went into it, and a recorded step reads dead rows too."""
+        self.state = self._steps = None
 
     @torch.inference_mode()
     def copy(self, copies: Sequence[Copy]) -> None:
@@ -77,6 +92,8 @@ class Runner:
         if rows < self._rows:  # finished samples: their rows need not be kept
             self._state.free(torch.arange(rows, self._rows))
         self._rows = rows
+        if self._steps is not None:
+            return self._steps.draw(tokens, positions, laws)
         fillers = [0] * (row_bucket(rows) - rows)
         slot_R, root_R, first_R1, one_R = _step(rows)
         position_R = torch.tensor([*positions, *fillers])
@@ -86,24 +103,12 @@ class Runner:
         return self._draw(self.decoder.head(hidden_RD)[:rows], position_R[:rows] + 1, laws)
 
     def _draw(self, logits_NV: Float[Tensor, "N V"], position_N: Int[Tensor, "N"], laws: Laws) -> list[Drawn]:
-        draws = draw(logits_NV, position_N.to(self.device), laws)
-        columns = (draws.token_N, draws.logp_sampled_N, draws.logp_raw_N, draws.gap_N)
-        host = torch.stack([column.double() for column in columns]).tolist()  # one transfer; ids are exact in fp64
-        return [(int(token), sampled, raw, gap) for token, sampled, raw, gap in zip(*host, strict=True)]
+        return drawn(draw(logits_NV, position_N.to(self.device), laws).table())
 
     @property
     def _state(self) -> State:
         assert self.state is not None, "reserve() comes first"
         return self.state
-
-
-def row_bucket(rows: int) -> int:
-    """The number of rows a step of `rows` is computed with."""
-    return next((bucket for bucket in ROW_BUCKETS if bucket >= rows), _round_up(rows, ROW_BUCKETS[-1]))
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
 
 
 @cache

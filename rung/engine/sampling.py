@@ -25,7 +25,7 @@ from rung.lm import fused
 
 BLOCK = 256
 BLOCK_STREAM = 1 << 40  # noise word of block 0: far above every token id
-ROWS_AT_ONCE = 8  # 8 rows of 49 152 fp32 logits (1.5 MB) stay in the cache between the passes over them
+ROWS_AT_ONCE = 8  # on a CPU: 8 rows of 49 152 fp32 logits (1.5 MB) stay in the cache between the passes over them
 FAR = 1e30  # what is taken from a logit that a filter drops: exp of the rest is exactly 0
 
 
@@ -64,6 +64,16 @@ class Laws:
             cut_p=min(top_p) < 1,
         )
 
+    @property
+    def columns(self) -> tuple[Tensor, ...]:
+        """What differs from row to row."""
+        return self.key_N, self.temperature_N, self.top_k_N, self.top_p_N, self.min_p_N
+
+    @property
+    def kind(self) -> tuple[bool, bool, bool, bool]:
+        """What decides which operations draw."""
+        return self.tempered, self.filtered, self.cut_k, self.cut_p
+
 
 @dataclass(frozen=True, eq=False)
 class Draws:
@@ -80,6 +90,11 @@ class Draws:
     logp_raw_N: Float[Tensor, "N"]
     gap_N: Float[Tensor, "N"]
 
+    def table(self) -> Float[Tensor, "N 4"]:
+        """All four in fp64, in which ids are exact: one transfer to the host."""
+        columns = (self.token_N, self.logp_sampled_N, self.logp_raw_N, self.gap_N)
+        return torch.stack([column.double() for column in columns], 1)
+
 
 def draw(logits_NV: Float[Tensor, "N V"], position_N: Int[Tensor, "N"], laws: Laws) -> Draws:
     """Draw the token at `position_N` of every row; log-probabilities in fp32, scores and gap in fp64.
@@ -95,7 +110,8 @@ def draw(logits_NV: Float[Tensor, "N V"], position_N: Int[Tensor, "N"], laws: La
         top_NM, lse_NM, raw_NM = fused.block_sums(logits_NV, beta_N1, BLOCK)
         raw_N, floor_N = raw_NM.logsumexp(1), torch.full_like(raw_NM[:, 0], -torch.inf)
     else:
-        chunks = [slice(i, i + ROWS_AT_ONCE) for i in range(0, logits_NV.shape[0], ROWS_AT_ONCE)]
+        rows_at_once = ROWS_AT_ONCE if device.type == "cpu" else len(logits_NV)
+        chunks = [slice(i, i + rows_at_once) for i in range(0, len(logits_NV), rows_at_once)]
         levels = [_levels(logits_NV[rows], beta_N1[rows], laws, rows) for rows in chunks]
         top_NM, lse_NM, raw_N, floor_N = (torch.cat(parts) for parts in zip(*levels, strict=True))
 

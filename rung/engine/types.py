@@ -37,6 +37,7 @@ class EngineStats:
 
     prompt_tokens: of all prompts; a beginning that several share counts in each
     steps: decoding forwards;  row_steps: tokens they drew (steps x rows that were in use)
+    context_steps: cached rows they had to read, over all samples: with the weights, the least that memory must deliver
     A sample's first token comes from its prompt's forward, so sampled_tokens is row_steps + number of samples.
     """
 
@@ -46,6 +47,7 @@ class EngineStats:
     sampled_tokens: int = 0
     steps: int = 0
     row_steps: int = 0
+    context_steps: int = 0
 
     def __add__(self, other: "EngineStats") -> "EngineStats":
         return EngineStats(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})

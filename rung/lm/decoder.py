@@ -1,6 +1,6 @@
 """The decoder: an embedding, a tuple of blocks, a final norm and a head.  Meets `protocols.ModelDecoder`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
@@ -12,10 +12,13 @@ from rung.core.errors import ConfigError
 from rung.core.records import Layout
 from rung.core.shapes import Float, Int, Tensor
 from rung.lm.block import Block
-from rung.lm.config import DecoderConfig
+from rung.lm.config import AttentionSpec, DecoderConfig
 from rung.lm.linear import KeptBlocks, Linear
+from rung.lm.mixers.attention import Plan
+from rung.lm.mixers.static import StaticPlan
 from rung.lm.norm import RMSNorm
-from rung.lm.protocols import Footprint
+from rung.lm.protocols import Footprint, StaticStep
+from rung.lm.rope import rotary_tables
 from rung.lm.state import KVState
 from rung.objectives.logprobs import softcapped
 
@@ -68,16 +71,31 @@ class Decoder(nn.Module):
         with torch.no_grad():
             return self._through_blocks(tokens_T, layout, state)
 
+    def static_step(self, state: KVState) -> StaticStep:
+        """See `protocols.StaticDecoder`."""
+        state.settle()
+        specs, position_C = {block.mixer for block in self.config.blocks}, torch.arange(state.capacity)
+        tables = {spec: rotary_tables(spec, position_C, self.embedding.weight) for spec in specs}
+
+        @torch.no_grad()
+        def step(token_R: Tensor, slot_R: Tensor, position_R: Tensor, rows: int) -> Tensor:
+            plans = {s: StaticPlan.build(s, table, slot_R, position_R, rows) for s, table in tables.items()}
+            return self._planned(token_R, plans, state)
+
+        return step
+
     def _through_blocks(self, tokens_T: Tensor, layout: Layout, state: KVState | None) -> Tensor:
         new = None if state is None else state.place(layout)
         blocks = cast(Sequence[Block], self.blocks)
         mixers = {block.mixer.spec: block.mixer for block in blocks}
         plans = {spec: mixer.plan(layout, new) for spec, mixer in mixers.items()}
+        return self._planned(tokens_T, plans, state)
+
+    def _planned(self, tokens_T: Tensor, plans: Mapping[AttentionSpec, Plan], state: KVState | None) -> Tensor:
+        blocks = cast(Sequence[Block], self.blocks)
         x_TD = self.embedding(tokens_T)
-        if self.config.embedding_scale != 1.0:
-            x_TD = x_TD * torch.tensor(self.config.embedding_scale, dtype=torch.float32).to(
-                x_TD
-            )  # rounded as Gemma does
+        if self.config.embedding_scale != 1.0:  # rounded as Gemma does
+            x_TD = x_TD * float(torch.tensor(self.config.embedding_scale, dtype=torch.float32).to(x_TD.dtype))
         again = self.activation_checkpointing and torch.is_grad_enabled()
         for layer, block in enumerate(blocks):
             given = (x_TD, plans[block.mixer.spec], None if state is None else state.rows[layer])

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from rung.core.shapes import Float, Tensor
 from rung.lm import fused
@@ -32,6 +33,8 @@ class RMSNorm(nn.Module):
             return _Normalise.apply(x_ND, self.weight, self.eps, self.kind)
         if self.kind == "plain" and fused.serves_one(x_ND):
             return fused.rms_norm(x_ND, self.weight, self.eps)
+        if x_ND.is_cuda:
+            return _in_few_kernels(x_ND, self.weight, self.eps, self.kind)
         return _normalised(x_ND, self.weight, self.eps, self.kind)
 
 
@@ -41,6 +44,16 @@ def _normalised(x_ND: Tensor, weight_D: Tensor, eps: float, kind: Norm = "plain"
     if kind == "plain":
         return normed_ND.to(x_ND.dtype).mul_(weight_D)
     return normed_ND.mul_(_factor(weight_D, kind, normed_ND.dtype)).to(x_ND.dtype)
+
+
+def _in_few_kernels(x_ND: Tensor, weight_D: Tensor, eps: float, kind: Norm) -> Tensor:
+    """`_normalised` but for the order of a sum: one kernel of CUDA's, or two, where that has nine."""
+    if kind == "offset":
+        wide = torch.promote_types(x_ND.dtype, torch.float32)
+        return F.rms_norm(x_ND.to(wide), weight_D.shape, _factor(weight_D, kind, wide), eps).to(x_ND.dtype)
+    if kind == "wide":
+        return F.rms_norm(x_ND, weight_D.shape, weight_D, eps)
+    return F.rms_norm(x_ND, weight_D.shape, None, eps).mul_(weight_D)
 
 
 def _factor(weight_D: Tensor, kind: Norm, wide: torch.dtype) -> Tensor:

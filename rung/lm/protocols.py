@@ -72,6 +72,37 @@ class Decoder(Protocol):
         """An empty state in the compute dtype."""
 
 
+@runtime_checkable
+class StaticStep(Protocol):
+    """Hidden states of one new token for each of the slots 0 .. R - 1; the same operations on the same tensors whatever
+    the numbers in them are, and no question to the device: what CUDA can record."""
+
+    def __call__(
+        self, token_R: Int[Tensor, "R"], slot_R: Int[Tensor, "R"], position_R: Int[Tensor, "R"], rows: int
+    ) -> Float[Tensor, "R D"]:
+        """All three on the device.  A filler has a slot behind the first R that no sample uses, and position 0; rows:
+        how many of each slot are read, more than any position."""
+
+
+@runtime_checkable
+class SettledState(State, Protocol):
+    """A state whose rows stay where they are, and are finite as long as what was computed is."""
+
+    def extend(self, slots: int) -> None:
+        """Commit, of each of the first `slots` slots, the row that a static step writes."""
+
+
+@runtime_checkable
+class StaticDecoder(Decoder, Protocol):
+    """A decoder whose step may be recorded.  Its weights then change in place only."""
+
+    def new_state(self, slots: int, capacity: int) -> SettledState:
+        """An empty state in the compute dtype."""
+
+    def static_step(self, state: Any) -> StaticStep:
+        """Its step on this empty state, whose rows are settled now."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
     """What a decoder holds, in numbers (not bytes).

@@ -7,10 +7,13 @@ too, before its own: the beginning that several prompts share is computed once.
 
 Dead rows (behind the committed ones) may hold anything, even NaN: what an earlier sequence left.  A path that reads
 whole blocks of the cache asks `scrub` to zero them first, because a weight of zero times NaN is NaN.
+
+Lengths and places are counted on the host; what is stored goes to the device with one set of indices a forward.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -30,9 +33,16 @@ class Placement:
     slot_N: Int[Tensor, "N"]
     row_N: Int[Tensor, "N"]
 
+    @cached_property
+    def there(self) -> tuple[Tensor, Tensor, Tensor]:
+        """index_N, slot_N, row_N on the state's device: moved once, for all layers."""
+        device = self.state.rows[0].device
+        return self.index_N.to(device), self.slot_N.to(device), self.row_N.to(device)
+
     def write(self, rows: Float[Tensor, "2 S K C d"], kv_T2Kd: Float[Tensor, "T 2 K d"]) -> None:
         """Store one layer's new keys and values."""
-        rows[:, self.slot_N, :, self.row_N] = kv_T2Kd[self.index_N]
+        index_N, slot_N, row_N = self.there
+        rows[:, slot_N, :, row_N] = kv_T2Kd[index_N]
 
 
 class KVState:
@@ -40,6 +50,7 @@ class KVState:
 
     C is the longest slot rounded up to ROW_BLOCK, at most `capacity`: a decoding step reads all of it, contiguous (a
     slice of longer slots would be copied by every matrix product: 2.4 times the time of attention at 64 slots).
+    On other devices all rows exist from the beginning (`settle`).
     """
 
     def __init__(
@@ -59,6 +70,19 @@ class KVState:
         self.length_S = torch.zeros(slots, dtype=torch.int64)
         self.pending_S = torch.zeros(slots, dtype=torch.int64)
         self.clean_S = torch.zeros(slots, dtype=torch.int64)  # rows from length_S up to here are known to be finite
+        self.settled = False
+        if device.type != "cpu":
+            self.settle()
+
+    def settle(self) -> None:
+        """Have all rows of an empty state from now on, as zeros, where they stay: a recorded step knows addresses, and
+        counts on dead rows that are finite (`extend`)."""
+        if not self.settled:
+            assert not bool(self.length_S.any()), "rows cannot move once they hold something"
+            shape = (*self.rows[0].shape[:3], self.capacity, self.rows[0].shape[4])
+            self.rows = [rows.new_zeros(shape) for rows in self.rows]
+            self.clean_S.fill_(self.capacity)
+            self.settled = True
 
     def place(self, layout: Layout) -> Placement:
         """Announce a forward: its tokens get the rows behind the committed ones, which become pending."""
@@ -83,13 +107,23 @@ class KVState:
         self._resize(min(-(-needed // ROW_BLOCK) * ROW_BLOCK, self.capacity))
         return Placement(self, index_N, slot_N, self.length_S[slot_N] + rank_N)
 
+    def extend(self, slots: int) -> None:
+        """The first `slots` slots have one committed row more: a recorded step writes it, behind those they had.
+
+        Nothing is asked of the device and no dead row is scrubbed: who finds something that is not finite in a sample
+        gives up a settled state."""
+        assert self.settled, "static_step() comes first"
+        assert not bool(self.pending_S[:slots].any()), "a step follows what was committed"
+        assert int(self.length_S[:slots].max()) < self.capacity, "the caller reserves the rows"
+        self.length_S[:slots] += 1
+
     def scrub(self, slots: int) -> None:
         """Make the dead rows of the first `slots` slots finite; what was scrubbed is not touched again."""
         existing = self.rows[0].shape[3]
         dirty_N = (self.clean_S[:slots] < existing).nonzero()[:, 0]
         start_N = torch.maximum(self.clean_S[dirty_N], self.length_S[dirty_N])
         for start in start_N.unique().tolist():
-            of_start_N = dirty_N[start_N == start]
+            of_start_N = dirty_N[start_N == start].to(self.rows[0].device)
             for rows in self.rows:
                 rows[:, of_start_N, :, start:] = 0
         self.clean_S[dirty_N] = existing
@@ -99,8 +133,9 @@ class KVState:
         source_N, target_N = torch.tensor(sources), torch.tensor(targets)
         length_N = self.length_S[source_N]
         longest = int(length_N.max())
+        from_N, to_N = (slots_N.to(self.rows[0].device) for slots_N in (source_N, target_N))
         for rows in self.rows:
-            rows[:, target_N, :, :longest] = rows[:, source_N, :, :longest]
+            rows[:, to_N, :, :longest] = rows[:, from_N, :, :longest]
         self.length_S[target_N] = length_N
         self.pending_S[target_N] = 0
         self.clean_S[target_N] = length_N
@@ -113,8 +148,9 @@ class KVState:
         moved_SN = wanted_SN & (path_SN != straight_N)
         if bool(moved_SN.any()):
             sequence_N, rank_N = moved_SN.nonzero(as_tuple=True)
-            slot_N = slot_S[sequence_N]
+            slot_N, device = slot_S[sequence_N], self.rows[0].device
             to_N, from_N = self.length_S[slot_N] + rank_N, self.length_S[slot_N] + path_SN[moved_SN]
+            slot_N, to_N, from_N = slot_N.to(device), to_N.to(device), from_N.to(device)
             for rows in self.rows:
                 rows[:, slot_N, :, to_N] = rows[:, slot_N, :, from_N]
         self.length_S[slot_S] += count_S
@@ -137,6 +173,8 @@ class KVState:
 
         An empty state takes exactly `wanted`, in the memory that it has: shapes, and so roundings, depend on nothing
         that was there before (a resumed run begins with a fresh state)."""
+        if self.settled:
+            return
         existing = self.rows[0].shape[3]
         if existing != wanted and not bool(self.length_S.any()):
             for rows in self.rows:

@@ -9,6 +9,7 @@ from prefix_decoder import PrefixDecoder
 
 from rung.core.errors import NonFiniteError, RequestError
 from rung.core.records import GroupRequest, Sampling
+from rung.engine import graphs
 from rung.engine import runner as runner_module
 from rung.engine.engine import Engine
 from rung.engine.sampling import Laws, draw
@@ -124,9 +125,9 @@ def test_steps_put_slots_in_order_and_fillers_behind_up_to_a_bucket():
         slots = [s for s, _ in forward]
         rows = sum(s >= 0 for s in slots)
         assert slots == [*range(rows), *[-1] * (len(slots) - rows)]
-        assert len(slots) in runner_module.ROW_BUCKETS
+        assert len(slots) in graphs.ROW_BUCKETS
     assert {len(forward) for forward in decoder.forwards if forward not in decoding} == {runner_module.TOKEN_BUCKET}
-    assert [runner_module.row_bucket(n) for n in (1, 2, 8, 9, 64, 65, 128, 129)] == [1, 8, 8, 16, 64, 128, 128, 256]
+    assert [graphs.row_bucket(n) for n in (1, 2, 8, 9, 64, 65, 128, 129)] == [1, 8, 8, 16, 64, 128, 128, 256]
 
 
 def test_a_slot_that_decodes_nothing_holds_no_rows():
@@ -149,6 +150,7 @@ def test_stats_count_prompts_tokens_steps_and_rows():
     requests = [asking(prompt=[1] * 4, keys=(1, 2), max_tokens=3), asking(prompt=[2] * 6, keys=(3,), max_tokens=7)]
     _, stats = Engine(PrefixDecoder(), slots=8).run(requests)
     assert (stats.prompt_tokens, stats.sampled_tokens, stats.steps, stats.row_steps) == (10, 13, 6, 2 + 2 + 6)
+    assert stats.context_steps == 2 * (5 + 6) + (7 + 8 + 9 + 10 + 11 + 12)  # a step reads the row of its own token too
     assert min(stats.seconds_prefill, stats.seconds_decode) > 0
     doubled = stats + stats
     assert (doubled.steps, doubled.seconds_decode) == (12, 2 * stats.seconds_decode)

@@ -1,6 +1,7 @@
 """Softmax attention over a layout.  One plan per forward, shared by all layers, holds what depends on the layout alone.
 
 step     one new token per slot: a decoding step
+static   the same, to be recorded (chosen by `Decoder.static_step`)
 packed   any forest without committed rows: the learner's batch, a prefill
 flex     the same on a GPU
 plain    anything: chunks and trees behind committed rows, mixtures
@@ -17,11 +18,12 @@ from rung.lm.mixers import flex
 from rung.lm.mixers.flex import FlexPlan
 from rung.lm.mixers.packed import PackedPlan
 from rung.lm.mixers.plain import PlainPlan
+from rung.lm.mixers.static import StaticPlan
 from rung.lm.mixers.step import StepPlan, is_step
 from rung.lm.norm import RMSNorm
 from rung.lm.state import Placement
 
-Plan = StepPlan | PackedPlan | FlexPlan | PlainPlan
+Plan = StepPlan | StaticPlan | PackedPlan | FlexPlan | PlainPlan
 
 
 def choose_plan(layout: Layout, spec: AttentionSpec, new: Placement | None, like: Tensor) -> Plan:

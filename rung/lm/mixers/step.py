@@ -51,7 +51,8 @@ class StepPlan:
         active = len(self.new.slot_N)
         qkv_RHd = qkv_RE.view(-1, heads + 2 * kv_heads, head_dim)
         rotate_(qkv_RHd[:, : heads + kv_heads], self.cos_R1d, self.sin_R1d)
-        rows[:, self.new.slot_N, :, self.new.row_N] = qkv_RHd[:active, heads:].unflatten(1, (2, kv_heads))
+        _, slot_N, row_N = self.new.there
+        rows[:, slot_N, :, row_N] = qkv_RHd[:active, heads:].unflatten(1, (2, kv_heads))
         k_NCd, v_NCd = rows[:, :active].flatten(1, 2)
         q_Ngd = qkv_RHd[:active, :heads].reshape(active * kv_heads, -1, head_dim)
         if softcap := self.spec.softcap:
