@@ -13,6 +13,7 @@ cannot show: kernels, streams, graphs, speed.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,9 +22,31 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-_setup_privateuseone_for_python_backend("elsewhere")
+
+class _Unseen(torch._C._acc.PrivateUse1Hooks):
+    """To everybody else in the process there is no such device: nobody seeds it, moves to it or counts it."""
+
+    def is_available(self) -> bool:
+        return False
+
+    def has_primary_context(self, dev_id: int) -> bool:
+        return True
+
+    def is_built(self) -> bool:
+        return True
+
+
+_MODULE = SimpleNamespace(
+    is_available=lambda: False,
+    is_initialized=lambda: True,
+    device_count=lambda: 0,
+    current_device=lambda: 0,
+    manual_seed_all=lambda seed: None,
+    _is_in_bad_fork=lambda: False,
+    get_amp_supported_dtype=list,  # recomputation asks, and no AMP is on
+)
+_setup_privateuseone_for_python_backend("elsewhere", backend_module=_MODULE, hook=_Unseen())
 DEVICE = torch.device("elsewhere", 0)
-torch.get_device_module(DEVICE).get_amp_supported_dtype = list  # recomputation asks, and no AMP is on
 WHOLE = torch.library.Library("aten", "IMPL")  # what devices have a kernel for, and PyTorch would else cut up for this
 for name in ("silu_backward", "linalg_vecdot"):
     WHOLE.impl(name, lambda *_: None, "PrivateUse1")  # never called: dispatch sees the operation before
