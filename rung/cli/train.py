@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from rung.cli import jobs, options
-from rung.cli.eval import task_options
+from rung.cli.eval import task_options, typed_parts
 from rung.cli.options import Option
 from rung.core import config
 from rung.core.errors import ConfigError, nearest
@@ -154,7 +154,7 @@ def load_recipe(word: str) -> GroupRL:
 
 def recipe_options(recipe: GroupRL) -> list[Option]:
     """Everything that can be changed in a recipe."""
-    found = options.options_of(GroupRL, recipe, more=task_options(recipe.task.name))
+    found = options.options_of(GroupRL, recipe, more=task_options(recipe.task.name, recipe.task.options))
     presets = tuple(METHODS)
     said = f"all cells of a method at once: {', '.join(presets)}"
     at = next(index for index, option in enumerate(found) if option.path[:1] == METHOD)
@@ -187,8 +187,9 @@ def _with_task(recipe: GroupRL, args: Sequence[str]) -> GroupRL:
         kept = recipe.task.options if name == recipe.task.name else {}
         return replace(recipe, task=TaskSpec(name=name, options={**kept, "data": data[-1], **options}))
     if names and names[-1] != recipe.task.name:
-        return replace(recipe, task=TaskSpec(name=names[-1]))
-    return recipe
+        recipe = replace(recipe, task=TaskSpec(name=names[-1]))
+    parts = typed_parts(args) if recipe.task.name == "mixture" else {}  # whose options are the mixture's
+    return replace(recipe, task=replace(recipe.task, options={**recipe.task.options, **parts}))
 
 
 def _typed(args: Sequence[str], flag: str) -> list[str]:

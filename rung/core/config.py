@@ -43,14 +43,33 @@ def dumps_json(value: Any) -> str:
     return json.dumps(to_dict(value), indent=2) + "\n"
 
 
+def strict_json(content: bytes) -> Any:
+    """JSON of UTF-8 text.  ValueError for a name that a table has twice, NaN, and what is nested too deep."""
+
+    def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"the name {next(n for n in names if names.count(n) > 1)!r} stands in it twice")
+        return found
+
+    def constant(name: str) -> Any:
+        raise ValueError(f"{name} is no JSON")
+
+    try:
+        return json.loads(content.decode("utf-8"), object_pairs_hook=table, parse_constant=constant)
+    except RecursionError as error:
+        raise ValueError(str(error)) from error
+
+
 def load(path: str | Path, cls: type[_T]) -> _T:
     """Read a `.json` or `.toml` file.  Raises ConfigError naming the file."""
     path = Path(path)
-    readers = {".json": json.loads, ".toml": tomllib.loads}
+    readers = {".json": strict_json, ".toml": lambda content: tomllib.loads(content.decode("utf-8"))}
     if path.suffix not in readers:
         raise ConfigError(f"{path}: a configuration file ends in .json or .toml, this one in {path.suffix!r}")
     try:
-        data = readers[path.suffix](path.read_text(encoding="utf-8"))
+        data = readers[path.suffix](path.read_bytes())
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:  # both parsers' errors, and UnicodeDecodeError, are ValueErrors with a line number

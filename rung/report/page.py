@@ -29,7 +29,6 @@ EVAL_FLAGS = {
     "dtype": "--dtype",
     "device": "--device",
 }
-UNTYPED = ("mixture",)  # tasks whose options `rung eval` does not know
 MAX_GROUP = 8  # samples of the group that is shown
 PHASES = {"prefill": "prompts (prefill)", "decode": "sampling (decode)", "grade": "grading", "learn": "learning"}
 COMPUTED = "over the tokens that the learner computed; it skips groups that can teach it nothing."
@@ -342,26 +341,23 @@ def _commands(record: Record) -> str:
     """What to type to measure the model, and for the same run again."""
     lines = []
     task = record.config.get("task")
-    if (record.folder / "model").is_dir() and isinstance(task, Mapping) and task.get("name") not in UNTYPED:
+    if (record.folder / "model").is_dir() and isinstance(task, Mapping):
         model = str(record.folder / "model")
         lines.append(["rung", "eval", model, str(task.get("name"))])
         lines[-1] += [f"{flag}={record.config[name]}" for name, flag in EVAL_FLAGS.items() if name in record.config]
         lines[-1] += ["--foreign"] * bool(record.config.get("foreign"))
-        grading = record.config.get("grading")
-        if isinstance(grading, Mapping) and "seconds" in grading:
-            lines[-1].append(f"--grade-seconds={grading['seconds']}")
-        chosen = task.get("options")
-        lines[-1] += [_task_option(*item) for item in (chosen.items() if isinstance(chosen, Mapping) else ())]
+        for part, values in (("grading", record.config.get("grading")), ("task.options", task.get("options"))):
+            lines[-1] += [_option(part, *item) for item in (values.items() if isinstance(values, Mapping) else ())]
     lines.append(["rung", "train", str(record.folder / "config.json"), "--name", f"{record.name}-again"])
     return "\n".join(map(shlex.join, lines))
 
 
-def _task_option(name: str, value: Any) -> str:
-    """One option of the task as `rung eval` reads it."""
+def _option(part: str, name: str, value: Any) -> str:
+    """One value of a part of the run as `rung eval` reads it."""
     word = name.replace("_", "-")
     if isinstance(value, bool):
-        return f"--task.options.{word if value else 'no-' + word}"
-    return f"--task.options.{word}={value}"
+        return f"--{part}.{word if value else 'no-' + word}"
+    return f"--{part}.{word}={value}"
 
 
 def _cut(text: str) -> str:

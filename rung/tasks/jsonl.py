@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from rung.core.config import strict_json
 from rung.core.errors import TaskError, nearest
 from rung.core.words import Message, Problem, Role
 from rung.tasks.base import problem_id, split_of
@@ -73,10 +74,10 @@ def problem_of(row: Row, task: str, **facts: str | int | float | bool) -> Proble
 
 def _table(line: bytes, where: str) -> dict[str, Any]:
     try:
-        table = json.loads(line.decode("utf-8"), object_pairs_hook=_pairs, parse_constant=_constant)
+        table = strict_json(line)
     except UnicodeDecodeError as error:
         raise TaskError(f"{where} is not UTF-8: byte {error.start + 1} is 0x{line[error.start]:02x}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise TaskError(f"{where} is not JSON: {error}") from error
     if not isinstance(table, dict):
         hint = ": write every table on a line of its own, without a list around them" if isinstance(table, list) else ""
@@ -86,18 +87,6 @@ def _table(line: bytes, where: str) -> dict[str, Any]:
     except UnicodeEncodeError as error:
         raise TaskError(f"{where} holds half of a surrogate pair, which is no character") from error
     return table
-
-
-def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the name {next(name for name in names if names.count(name) > 1)!r} stands in it twice")
-    return table
-
-
-def _constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON")
 
 
 def _column(table: Mapping[str, Any], usual: tuple[str, ...], what: str, path: str, *, optional: bool = False) -> str:

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -28,7 +29,9 @@ from rung.text.renderer import CPU_SECONDS, MAX_TEXT, MEMORY_BYTES
 MARKS = range(0xE000, 0xF8FF)  # Unicode's private use area: one that no message holds is taken
 MAX_TEMPLATE = 1 << 20  # characters; the longest that is known has 30 000
 MAX_ANSWER = 12 * MAX_TEXT + 64  # bytes of a line: JSON writes a character in 12 at most
+LATE = b"late"
 WALL_SECONDS = 60.0  # on a machine that is busy with other things
+KILLED = (-signal.SIGKILL, -signal.SIGTERM)  # by somebody else: our limits end a child by SIGXCPU
 KEPT = ("PYTHONHOME", "LD_LIBRARY_PATH")  # of the environment: without them some Pythons do not start
 
 
@@ -116,21 +119,26 @@ class Renderer:
         self._child = self._end = None
 
     def _ask(self, request: Mapping[str, Any]) -> dict[str, str]:
-        child = self._living()
-        try:
-            child.stdin.write(json.dumps(request).encode() + b"\n")
-            child.stdin.flush()
-            ready, _, _ = select.select([child.stdout], [], [], WALL_SECONDS)
-            line = child.stdout.readline(MAX_ANSWER) if ready else b""
-        except BrokenPipeError:
-            line = b""
-        if not line.endswith(b"\n"):
-            needed = f"it needed more than {self._cpu_seconds} s or {MEMORY_BYTES >> 20} MB, or crashed"
-            raise ModelError(
-                f"the chat template refused the messages: {needed}. Put another chat_template.jinja into its "
-                "folder, or give plain text prompts."
-            )
-        return json.loads(line)
+        """What the child answers.  One that somebody else killed is replaced, once: the template did not do it."""
+        for _ in range(2):
+            child = self._living()
+            try:
+                child.stdin.write(json.dumps(request).encode() + b"\n")
+                child.stdin.flush()
+                ready, _, _ = select.select([child.stdout], [], [], WALL_SECONDS)
+                line = child.stdout.readline(MAX_ANSWER) if ready else LATE
+            except BrokenPipeError:
+                line = b""
+            if line.endswith(b"\n"):
+                return json.loads(line)
+            if line or child.wait() not in KILLED:  # nothing at all comes out of a dead child's pipe
+                break
+            self.close()
+        needed = f"it needed more than {self._cpu_seconds} s or {MEMORY_BYTES >> 20} MB, or crashed"
+        raise ModelError(
+            f"the chat template refused the messages: {needed}. Put another chat_template.jinja into its "
+            "folder, or give plain text prompts."
+        )
 
     def _living(self) -> Any:
         if self._child is None or self._owner != os.getpid():  # a fork of this process shares no pipe with it

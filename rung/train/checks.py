@@ -1,5 +1,6 @@
 """What is tried before a run has a folder: that its task has every problem it will ask, and that they fit the model."""
 
+from collections.abc import Sequence
 from itertools import product
 
 from rung.core.errors import ConfigError, ModelError, TaskError
@@ -11,7 +12,7 @@ from rung.model.model import Model, is_foreign, outline
 from rung.tasks.base import Split, Task, problem_at, problems, split_of, where
 from rung.tasks.load import RewardTask
 from rung.tasks.maths import Maths
-from rung.tasks.mixture import parts_of
+from rung.tasks.mixture import Mixture, parts_of
 from rung.tasks.rewards import Rewards
 from rung.train.config import GroupRL
 from rung.train.rollouts import bounds_of, prompt_of
@@ -44,8 +45,24 @@ def check_problems(recipe: GroupRL, task: Task, listener: Listener = silent) -> 
     for part in parts_of(task):
         listed = [problem_at(part, index) for index in range(len(part))] if isinstance(part, LISTS) else []
         asked += [problem for problem in listed if split_of(problem) in splits]
+    if isinstance(task, Mixture):
+        _refuse_leak(asked)
     for problem in {problem.messages: problem for problem in asked}.values():
         prompt_of(model, problem, recipe.max_tokens, bounds.max_length)
+
+
+def _refuse_leak(asked: Sequence[Problem]) -> None:
+    """Parts of a mixture split their own problems; one that two of them have must lie in the same part of both."""
+    of: dict[tuple[tuple[Message, ...], str], Problem] = {}
+    for problem in asked:
+        if problem.answer is None:
+            continue
+        other = of.setdefault((problem.messages, problem.answer), problem)
+        if (one := split_of(other)) != (two := split_of(problem)):
+            raise TaskError(
+                f"{problem.messages[-1].content[:80]!r} is a {one} problem in one part of the mixture, and a {two} "
+                "problem in another: what is learnt would be measured. Give both the same split."
+            )
 
 
 def _refuse_several_turns(task: Task) -> None:

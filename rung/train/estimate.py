@@ -60,8 +60,9 @@ def estimate(recipe: GroupRL) -> Estimate:
     is not here is no reason."""
     check_recipe(recipe)
     use_threads(recipe.threads)
+    task = load_task(recipe.task.name, recipe.task.options)  # what is wrong with it is said before a model is fetched
     model = weightless(recipe)
-    check_problems(recipe, load_task(recipe.task.name, recipe.task.options))
+    check_problems(recipe, task)
     lengths = prompt_lengths(model, _problems(recipe))
     parts = memory(recipe, model, max(lengths))
     total = sum(parts.values())

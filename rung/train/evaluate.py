@@ -56,12 +56,18 @@ def evaluate(
     Raises TaskError when the task cannot be loaded, has no problem, one that is too long for the model, or a verifier
     that grades no answer.
     """
-    for name, value, least in (("problems", problems, 1), ("max_turns", max_turns, 1), ("max_length", max_length, 0)):
-        if value < least:
-            raise ConfigError(f"{name} must be at least {least}, not {value}.")
     task = TaskSpec(name=task) if isinstance(task, str) else task
+    asked = asked_of(
+        task,
+        problems=problems,
+        split=split,
+        seed=seed,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        max_turns=max_turns,
+        max_length=max_length,
+    )
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature, stop_ids=model.tokenizer.eos_ids)
-    asked = problems_of(load_task(task.name, task.options), split, problems, seed)
     engine = Engine(model.decoder, max_positions=model.decoder.max_positions)
     with Grader(task.name, task.options, limits) as grader:
         return evaluate_with(
@@ -76,6 +82,25 @@ def evaluate(
             split=split,
             listener=listener,
         )
+
+
+def asked_of(
+    task: TaskSpec,
+    *,
+    problems: int,
+    split: Split,
+    seed: int,
+    max_tokens: int,
+    temperature: float,
+    max_turns: int,
+    max_length: int,
+) -> list[Problem]:
+    """The problems that `evaluate` asks; what it refuses without having seen a model is refused here."""
+    counts = {"problems": problems, "max_tokens": max_tokens, "max_turns": max_turns}
+    for name, value in {**counts, "max_length": max_length, "temperature": temperature}.items():
+        if value < (name in counts):
+            raise ConfigError(f"{name} must be at least {int(name in counts)}, not {value}.")
+    return problems_of(load_task(task.name, task.options), split, problems, seed)
 
 
 def evaluate_with(

@@ -133,7 +133,7 @@ def samples_of(trainer: Trainer, group: Group, number: int) -> list[Sample]:
         )
         for episode, score in known
     ]
-    cut = [any(turn.completion.stop == "length" for turn in episode.turns) for episode, _ in known]
+    cut = [episode.cut for episode, _ in known]
     return group_streams(recipe.method, samples, max_tokens=recipe.max_tokens * recipe.max_turns, cut=cut)
 
 

@@ -83,8 +83,8 @@ def group_streams(
     """The samples of one prompt with their streams `advantage` and `weight` (fp64, constant over a sample's tokens).
 
     Takes the whole group, without samples of unknown grade: they must be in no baseline and no count.
-    max_tokens: the limit of a sample; cut: which samples reached it unfinished (needed by overlong "mask", whose
-    samples stay in the baseline and among the sequences, but train no token).
+    max_tokens: the limit of a sample; cut: which samples a limit cut off.  Overlong "shape" takes them to be as long as
+    the limit; "mask" must be told them: they stay in the baseline and among the sequences, but train no token.
     """
     if method.overlong == "mask":
         if cut is None:
@@ -95,6 +95,7 @@ def group_streams(
     if method.overlong == "shape":
         cache = method.overlong_cache or max(max_tokens // OVERLONG_SHARE, 1)
         lengths = [int((sample.origin == Origin.SAMPLED).sum()) for sample in group]
+        lengths = [max_tokens if c else n for n, c in zip(lengths, cut or [False] * len(group), strict=True)]
         rewards = [
             r + overlong_penalty(n, limit=max_tokens, cache=cache) for r, n in zip(rewards, lengths, strict=True)
         ]

@@ -69,6 +69,7 @@ def train(
     Raises ConfigError, TaskError, ModelError before anything is made, RunError where the folder is taken.
     """
     name, options = absolute(recipe.task.name, recipe.task.options)
+    task = load_task(name, options)  # what is wrong with it is said before a model is fetched
     recipe = replace(recipe, model=absolute_source(recipe.model, listener), task=TaskSpec(name=name, options=options))
     check_recipe(recipe)
     folder = Path(folder or Path("runs") / recipe.name)
@@ -81,7 +82,7 @@ def train(
         return resume(folder, listener=listener)
     open_device(recipe.device)
     use_threads(recipe.threads)
-    check_problems(recipe, load_task(recipe.task.name, recipe.task.options), listener)
+    check_problems(recipe, task, listener)
     refuse_too_large(recipe, listener)
     return _go(create(folder, recipe, _place(recipe)), recipe, listener)
 

@@ -70,6 +70,11 @@ class Episode:
     def num_sampled(self) -> int:
         return sum(len(turn.completion.token_ids) for turn in self.turns)
 
+    @property
+    def cut(self) -> bool:
+        """Whether a limit on tokens or positions ended an answer, or the episode, before its end."""
+        return self.end == "room" or any(turn.completion.stop == "length" for turn in self.turns)
+
     def answer(self, *, final: bool) -> Answer:
         """The episode so far as the task sees it: strings and numbers."""
         return Answer(

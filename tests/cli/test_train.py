@@ -18,7 +18,6 @@ from rung.core.progress import Progress
 from rung.core.rundir import RunDir, create
 from rung.report import page
 from rung.report.load import read_run
-from rung.tasks.sandbox import Limits
 from rung.train.config import METHODS, GroupRL, TaskSpec
 
 FILE = """
@@ -102,8 +101,8 @@ def test_another_task_brings_its_own_options_and_none_of_the_old(here):
         ("no.such.module:x", "the recipes of no.such.module cannot be read: ModuleNotFoundError"),
         ("nowhere.toml", "nowhere.toml cannot be read: No such file or directory"),
         (
-            "arithmetic --task.name mixture --task.options.sums.task guess",
-            "has no option --task.options.sums.task. `rung train arithmetic --help` lists them.",
+            "arithmetic --task.name mixture --task.options.sums.task guess --task.options.sums.guess 3",
+            "has no option --task.options.sums.guess. Did you mean --task.options.sums.guesses?",
         ),
         ("mine.py:mine --num-step 3", "rung train mine.py:mine has no option --num-step. Did you mean --num-steps?"),
         ("mine.py:mine --lr 3", "rung train mine.py:mine has no option --lr. Did you mean --optim.lr?"),
@@ -162,7 +161,8 @@ def test_the_commands_of_a_report_are_understood_and_mean_the_run(here, capsys, 
     task = (
         "def __init__(self, lenient: bool = False, loud: bool = True, mark: str = '', size: int = 4, by_2: float = 1.0)"
     )
-    (here / "task.py").write_text(f"class Words:\n    {task}:\n        pass\n")
+    header = "from rung.tasks.arithmetic import Arithmetic\nclass Words(Arithmetic):\n"
+    (here / "task.py").write_text(f"{header}    {task}:\n        super().__init__()\n")
     options = {"lenient": True, "loud": False, "mark": "--a 'b' $c", "size": -3, "by_2": 1e-7}
     recipe = replace(load_recipe("mine.py:mine"), task=TaskSpec(name="task.py:Words", options=options))
     run = finished_run(here / "runs" / "my run", recipe.num_steps, recipe)
@@ -381,19 +381,3 @@ def test_other_questions_are_not_answered_with_the_result_of_a_finished_run(here
     cli.main(["train", "grpo", "--data", "other.jsonl", "--or-resume"])
     cli.main(["train", "grpo", "--data", "d.jsonl", "--reward", "r.py:g", "--or-resume"])
     assert [task.options["data"] for task in calls] == ["other.jsonl", "d.jsonl"]
-
-
-def test_the_commands_of_a_report_measure_as_the_run_did_or_are_left_out(here, monkeypatch):
-    recipe = replace(load_recipe("mine.py:mine"), foreign=True, max_length=99, grading=Limits(seconds=7.5))
-    run = finished_run(here / "runs" / "mine", recipe.num_steps, recipe)
-    evaluate = shlex.split(page._commands(read_run(run.folder)).splitlines()[0])
-    asked = {}
-    found = SimpleNamespace(accuracy=0.5, low=0.25, high=0.75, n=8, unknown=0)
-    monkeypatch.setattr(rung, "load", lambda name, **more: asked.update(more), raising=False)
-    monkeypatch.setattr(rung, "evaluate", lambda model, task, **more: asked.update(more) or found, raising=False)
-    assert cli.main(evaluate[1:]) == 0
-    assert (asked["foreign"], asked["max_length"], asked["limits"]) == (True, 99, recipe.grading)
-    options = {"a.task": "arithmetic", "b.task": "steps"}
-    mixed = replace(recipe, name="mixed", task=TaskSpec(name="mixture", options=options))
-    run = finished_run(here / "runs" / "mixed", recipe.num_steps, mixed)
-    assert [line.split()[:2] for line in page._commands(read_run(run.folder)).splitlines()] == [["rung", "train"]]

@@ -150,6 +150,7 @@ def test_a_missing_field_and_a_missing_schema_are_named():
     [
         ("a.json", '{"schema": 1, "name": }', "is not valid JSON: .*line 1 column"),
         ("a.toml", "schema = 1\nname = \n", "is not valid TOML: .*line 2"),
+        ("a.json", '{"schema": 1, "schema": 1}', "is not valid JSON: the name 'schema' stands in it twice"),
         ("a.json", "[1]", "must hold a table"),
         ("a.json", b"\xff\xfe", "is not valid JSON"),
         ("a.json", '{"schema": 1, "name": 5}', "a.json: name must be a string"),

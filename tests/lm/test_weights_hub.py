@@ -12,6 +12,9 @@ import torch
 from hub_server import Hub, serving
 
 from rung.core.errors import ModelError
+from rung.lm.adapters.lora import Adapter
+from rung.lm.adapters.peft import save_adapter
+from rung.lm.adapters.spec import LoRA
 from rung.lm.config import AttentionSpec, BlockSpec, DecoderConfig, MLPSpec
 from rung.lm.decoder import Decoder
 from rung.lm.weights import sources
@@ -135,6 +138,30 @@ def test_a_sharded_model_is_fetched_whole(hub, tmp_path):
     assert torch.equal(load("org/sharded", dtype="fp32").decoder.embedding.weight, held["model.embed_tokens.weight"])
 
 
+def test_a_repository_of_an_adapter_alone_is_merged_into_its_base_both_at_their_commits(hub, tmp_path):
+    """Its base is an id too, at the commit that is named; tokenizer files beside it are its base's business."""
+    base = absolute_source(REPO)
+    decoder = load(tmp_path / "model0", dtype="fp32")
+    adapter = Adapter(decoder.decoder, decoder.sites, LoRA(rank=2), seed=0)
+    for number, parameter in enumerate(adapter.parameters.values()):
+        parameter.data = torch.full_like(parameter, 0.1 + number / 100)
+    save_adapter(tmp_path / "adapter", adapter.factors(), base=base)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
+    hub.put("org/adapter", {**files, "tokenizer.json": b"{}", "README.md": b"", "optimizer.pt": b"x"})
+    hub.put(REPO, model_files(tmp_path, seed=1))  # the base's branch moves on
+    tokens = torch.arange(8)[None]
+    found = load("org/adapter", dtype="fp32").logits(tokens)
+    torch.testing.assert_close(found, load(tmp_path / "adapter", dtype="fp32").logits(tokens), atol=0, rtol=0)
+    torch.testing.assert_close(found, decoder.logits(tokens))
+    assert {path.name for path in locate("org/adapter").iterdir()} == {*files, "rung_source.json"}
+    pinned = absolute_source("org/adapter")
+    hub.put("org/adapter", {"README.md": b""})
+    assert torch.equal(load(pinned, dtype="fp32").logits(tokens), found)
+    hub.put("org/half", {"adapter_config.json": b"{}", "adapter_model.bin": b""})
+    with pytest.raises(ModelError, match=r"has no safetensors \(it holds adapter_config.json, adapter_model.bin\)"):
+        locate("org/half")
+
+
 def test_a_folder_of_that_name_is_the_folder(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org").mkdir()
@@ -148,6 +175,16 @@ def test_a_path_is_never_asked_of_the_hub(hub):
     for path in (Path("org/no-such-folder"), "./org/x", "/org/x", "~/x", "a/b/c", "../x", "org/..", "org/x@../y"):
         with pytest.raises(ModelError, match="no model"):
             locate(path)
+    assert hub.asked == []
+
+
+@pytest.mark.parametrize(
+    ("rest", "meant"), [("", ""), ("/", ""), ("/tree/v2", "@v2"), ("/blob/main/config.json", "@main"), ("?x=1", "")]
+)
+def test_the_address_of_a_page_is_answered_with_the_id(hub, rest, meant):
+    for read in (locate, absolute_source):
+        with pytest.raises(ModelError, match=rf"is an address: give the id of the model on the Hub, {REPO}{meant}\.$"):
+            read(f"https://hub.example/{REPO}{rest}")
     assert hub.asked == []
 
 

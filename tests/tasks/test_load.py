@@ -210,9 +210,9 @@ def test_the_kind_of_an_option_is_its_annotation_also_where_annotations_are_stri
         "def task(word: str, *, bonus: float = 1, times=2): ...\n"
         "def odd(*, bonus: Nowhere = 1): ...\n"
     )
-    found = [(option.path[-1], option.kind, option.default) for option in task_options(place + "task")]
+    found = [(option.path[-1], option.kind, option.default) for option in task_options(place + "task", {})]
     assert found == [("word", str, None), ("bonus", float, 1), ("times", int, 2)]
-    assert [option.kind for option in task_options(place + "odd")] == [int]
+    assert [option.kind for option in task_options(place + "odd", {})] == [int]
 
 
 def test_a_reward_that_is_not_a_number_is_the_verifiers_failure(write):

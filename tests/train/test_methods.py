@@ -233,6 +233,15 @@ def test_overlong_shaping_adds_equation_13_and_its_default_cache_is_a_fifth_of_t
     assert shaped == pytest.approx([0.4, 0.3, 0.1, 0.0])
 
 
+def test_overlong_shaping_takes_a_sample_that_was_cut_off_early_to_be_as_long_as_the_limit():
+    """As an episode is that max_length ends; one that really is as long gets the same."""
+    method = replace(METHODS["dapo"], advantage="none")
+    group = group_of((1.0, 1.0, 1.0), lengths=(3, 3, 20))
+    shaped = group_streams(method, group, max_tokens=20, cut=[True, False, False])
+    assert [float(s.streams["advantage"][-1]) for s in shaped] == [0.0, 1.0, 0.0]
+    assert all(bool(s.trainable.any()) for s in shaped)
+
+
 def test_overlong_mask_trains_no_token_of_a_cut_sample_and_keeps_it_in_the_baseline():
     method = replace(METHODS["dapo"], overlong="mask", advantage="mean")
     first, second = group_streams(method, group_of((1.0, 0.0)), max_tokens=6, cut=[False, True])

@@ -9,8 +9,10 @@ from train.tiny import tiny_folder, tiny_recipe
 import rung
 from rung.core.errors import ConfigError, TaskError
 from rung.core.rundir import open_run
-from rung.core.words import Message
+from rung.core.words import Answer, Grade, Message, Problem
 from rung.train.config import TaskSpec
+from rung.train.evaluate import Evaluation
+from rung.train.run import by_task
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +145,48 @@ def test_a_mixture_is_reported_task_by_task_and_how_the_child_is_confined_is_kep
     evals = [r for r in run.read("metrics") if r["kind"] == "eval" and r["split"] == "held_out"]
     assert [set(r["by_task"]) for r in evals] == [{"a", "b"}] * 2
     assert run.environment()["grading"].startswith("processes ")
+
+
+def test_accuracy_by_task_counts_known_grades_alone_and_leaves_out_a_task_without_any():
+    graded = [("a", 1.0), ("a", 0.0), ("a", 1.0), ("a", None), ("b", 0.0), ("c", None)]
+    problems = [Problem(id=str(n), messages=(Message("user", "?"),), task=task) for n, (task, _) in enumerate(graded)]
+    grades = [Grade(score=score, right=bool(score)) for _, score in graded]
+    answers = tuple(Answer(problem=problem, text="", stop="eos", num_tokens=1) for problem in problems)
+    numbers = {"accuracy": 0.5, "low": 0.0, "high": 1.0, "n": 4, "unknown": 2, "ended": 1.0}
+    found = Evaluation(**numbers, answers=answers, grades=tuple(grades))
+    assert by_task(found) == {"a": pytest.approx(2 / 3), "b": 0.0}
+
+
+def test_a_question_of_two_parts_that_is_learnt_in_one_and_held_out_in_the_other_is_refused(folder, tmp_path):
+    (tmp_path / "r.py").write_text("def g(problem, text): return 1.0\n")
+    for name, split in (("d", "train"), ("e", "held_out")):
+        rows = [{"prompt": f"{name} {n}", "answer": "1", "split": split} for n in range(9)]
+        rows += [
+            {"prompt": "both", "answer": "1", "split": split},
+            {"prompt": "either", "answer": name, "split": split},
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = {
+        f"{name}.{key}": value
+        for name in "de"
+        for key, value in {
+            "task": "rewards",
+            "data": str(tmp_path / f"{name}.jsonl"),
+            "rewards": f"{tmp_path / 'r.py'}:g",
+        }.items()
+    }
+    with pytest.raises(TaskError, match="'both' is a train problem in one part of the mixture, and a held_out"):
+        rung.train(
+            tiny_recipe(folder, task=TaskSpec(name="mixture", options=options), eval_every=0), folder=tmp_path / "run"
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_task_without_its_file_is_refused_before_the_model_is_looked_for(tmp_path):
+    recipe = tiny_recipe(tmp_path / "no-model", task=TaskSpec(name="maths", options={"data": ""}))
+    for ask in (rung.train, rung.estimate):
+        with pytest.raises(TaskError, match="the task maths needs `data`"):
+            ask(recipe)
 
 
 def test_a_recipe_for_a_file_without_one_asks_for_it(folder, tmp_path):

@@ -14,10 +14,10 @@ from rung.core.shapes import Tensor
 from rung.lm.adapters.lora import Factors
 from rung.lm.adapters.spec import LoRA
 from rung.lm.weights import hub
-from rung.lm.weights.files import CODES, DTYPES, Entry, Shard, read_header, read_json, tensors, write_shard
+from rung.lm.weights.files import ADAPTER, CODES, DTYPES, Entry, Shard, read_header, read_json, tensors, write_shard
 from rung.lm.weights.hf import written_whole
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS = ADAPTER
 PREFIX = "base_model.model."  # PEFT's wrapper around the model, as its names have it
 A, B = ".lora_A.weight", ".lora_B.weight"
 PLAIN: Mapping[str, Any] = {  # fields that make another model, and the value at which they make none

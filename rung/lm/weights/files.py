@@ -18,10 +18,12 @@ from typing import Any
 
 import torch
 
+from rung.core.config import strict_json
 from rung.core.errors import ModelError
 from rung.core.shapes import Tensor
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")  # PEFT's two files, where there is no model
 COMPANIONS = (  # small files that travel with the weights
     "generation_config.json",
     "tokenizer.json",
@@ -174,29 +176,18 @@ def read_json(path: Path) -> dict[str, Any]:
         held = member(path.parent, path.name)
         if (size := held.stat().st_size) > MAX_JSON:
             raise ModelError(f"{path} has {size} bytes; at most {MAX_JSON} are read.")
-        return strict_json(held.read_bytes(), str(path))
+        return json_object(held.read_bytes(), str(path))
     except FileNotFoundError:
         raise ModelError(f"{path.parent} has no {path.name}: needed a Hugging Face model folder.") from None
     except OSError as error:
         raise ModelError(f"{path} cannot be read ({error.strerror}).") from error
 
 
-def strict_json(content: bytes, where: str) -> dict[str, Any]:
-    """A JSON object of UTF-8 text without repeated keys, NaN or deep nesting; else ModelError."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} stands there twice")
-        return found
-
-    def constant(name: str) -> Any:
-        raise ValueError(f"{name} is no JSON number")
-
+def json_object(content: bytes, where: str) -> dict[str, Any]:
+    """A JSON object of UTF-8 text, read strictly; else ModelError."""
     try:
-        value = json.loads(content.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
-    except (ValueError, RecursionError) as error:
+        value = strict_json(content)
+    except ValueError as error:
         raise ModelError(f"{where} is not JSON ({error}).") from error
     if not isinstance(value, dict):
         raise ModelError(f"{where}: needed a JSON object, found {type(value).__name__}.")
@@ -234,7 +225,7 @@ def read_header(path: Path) -> Shard:
                 path,
                 f"it begins a header of {length} bytes; it has {size} bytes in all, and a header at most {MAX_JSON}",
             )
-        raw = strict_json(file.read(length), f"{path} is truncated or not a safetensors file: its header")
+        raw = json_object(file.read(length), f"{path} is truncated or not a safetensors file: its header")
     metadata = raw.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _broken(path, "its metadata are not names and strings")

