@@ -42,7 +42,7 @@ CHARTS: Sequence[tuple[str, str, Mapping[str, tuple[str, dict[str, Any]]], dict[
         {"right": ("right", {"smooth": True})},
         {"share": True},
     ),
-    ("Length", "Tokens per sampled answer, the end token included.", {"length": ("length", {"smooth": True})}, {}),
+    ("Length", "Tokens sampled in an episode, end tokens included.", {"length": ("length", {"smooth": True})}, {}),
     (
         "Ended by itself",
         "Share of sampled answers that ended with the end token instead of being cut off.",
